@@ -1,0 +1,66 @@
+"""The base of every family's schema: what the engine and the estimates may ask of a model without importing torch."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Section(BaseModel):
+    """Base of all config sections: unknown keys are errors, values are checked, fields are frozen after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True)
+
+
+class ParameterCount(BaseModel):
+    """Exact counts in closed form, tied weights counted once."""
+
+    total: int
+    trainable: int
+
+
+class ModelConfig(Section):
+    """Base of a family's schema. A schema imports no torch; its counts are held to the built model by tests."""
+
+    model_config = ConfigDict(protected_namespaces=())
+    kind: ClassVar[Literal["causal_lm", "encoder"]]
+
+    family: str = Field(description="which family builds this model; see pretrain/config/registry.py")
+    tokenizer: str | None = Field(None, description="folder or hub id of the tokenizer; null: the one of the data")
+
+    @property
+    @abstractmethod
+    def vocab_size(self) -> int:
+        """Rows of the output table, or of the input table for an encoder."""
+
+    @property
+    @abstractmethod
+    def max_seq_len(self) -> int | None:
+        """Longest input in tokens, None where unlimited."""
+
+    @abstractmethod
+    def parameter_count(self) -> ParameterCount:
+        """Exact number of parameters in closed form."""
+
+    @abstractmethod
+    def flops_per_token(self, seq_len: int) -> float:
+        """Forward FLOPs a token: a multiply-add is 2, attention is the full T x T product. Training is 3x forward."""
+
+    @abstractmethod
+    def activation_bytes_per_token(self, seq_len: int, *, element_bytes: int, checkpointing: bool) -> float:
+        """Bytes of activations kept for the backward pass for one token of one sample (estimates only)."""
+
+    @abstractmethod
+    def tiny(self) -> ModelConfig:
+        """The same architecture at a size that builds and steps in well under a second, for tests and smoke runs."""
+
+    def with_vocab_size(self, vocab_size: int) -> ModelConfig:
+        """A copy for a tokenizer of another size. Families whose vocabulary is fixed override this and refuse."""
+        return self.model_copy(update={"vocab_size_": vocab_size})
+
+    def summary(self) -> dict[str, Any]:
+        """Figures for `--dry-run` and model cards; families may add their own (claimed sizes, say)."""
+        count = self.parameter_count()
+        return {"family": self.family, "kind": self.kind, "parameters": count.total, "trainable": count.trainable}

@@ -1,0 +1,41 @@
+"""Names to import strings. Adding a family is one folder, one preset and one line here; nothing else knows names.
+
+Values are `"module:attribute"` and are imported on first use, so that listing and validating stays free of torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from pretrain.config.suggest import nearest
+from pretrain.errors import ConfigError
+
+MODEL_SCHEMAS: dict[str, str] = {
+    "baseline": "pretrain.models.baseline.schema:BaselineConfig",
+}
+FAMILIES: dict[str, str] = {
+    "baseline": "pretrain.models.baseline.family:FAMILY",
+}
+OBJECTIVE_SCHEMAS: dict[str, str] = {
+    "causal_lm": "pretrain.config.objective:CausalLMConfig",
+}
+OBJECTIVES: dict[str, str] = {
+    "causal_lm": "pretrain.objectives.causal_lm:CausalLM",
+}
+SOURCE_SCHEMAS: dict[str, str] = {
+    "shards": "pretrain.config.source:ShardsConfig",
+    "mixture": "pretrain.config.source:MixtureConfig",
+}
+SOURCES: dict[str, str] = {
+    "shards": "pretrain.data.shards:open_shards",
+    "mixture": "pretrain.data.mixture:open_mixture",
+}
+
+
+def resolve(table: dict[str, str], name: str, key: str) -> Any:
+    """Import what `table[name]` points to. Raises ConfigError at `key` with the nearest right name."""
+    if name not in table:
+        raise ConfigError(key, f'"{name}" is not known{nearest(name, table)}; known: {", ".join(sorted(table))}')
+    module, attribute = table[name].split(":")
+    return getattr(importlib.import_module(module), attribute)

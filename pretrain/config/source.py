@@ -1,0 +1,70 @@
+"""Schemas of data sources: where samples come from. The source itself is found through the registry by `kind`."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from pretrain.config.model import Section
+
+
+class SourceConfig(Section):
+    """Base: `kind` picks the source."""
+
+    kind: str = Field(description="which source; see pretrain/config/registry.py")
+
+
+class ShardsConfig(SourceConfig):
+    """Windows of a prepared dataset (a folder with manifest.json)."""
+
+    kind: Literal["shards"] = "shards"
+    path: str = Field(description="dataset folder written by `pretrain prep`")
+    split: str = Field("train", description="split of the dataset")
+    verify: Literal["full", "touch", "off", "auto"] = Field(
+        "auto", description="full: hash every shard before the first step; touch: each at first use; auto: full to 2 GB")
+
+
+class MixturePart(Section):
+    """One source of a mixture."""
+
+    weight: float = Field(gt=0, description="share of samples, relative to the other parts")
+    source: dict[str, Any] = Field(description="a source section")
+
+
+class MixtureConfig(SourceConfig):
+    """Several sources, drawn in fixed proportion by a quota table of `period` places."""
+
+    kind: Literal["mixture"] = "mixture"
+    parts: list[MixturePart] = Field(min_length=1)
+    period: int = Field(1000, ge=1, le=1_000_000, description="places of the quota table; the resolution of the weights")
+
+
+class OrderConfig(Section):
+    """The global order of samples (C windows a chunk, G chunks a group, L lanes). Defaults are for local disks."""
+
+    chunk_windows: int = Field(1, ge=1, description="windows read together (C); raise for object stores")
+    group_chunks: int | None = Field(None, ge=1, description="chunks shuffled together (G); null: all of them")
+    lanes: int = Field(1, ge=1, description="independent streams interleaved in a batch (L); divides the global batch")
+    shuffle: bool = Field(True, description="false: samples in the order they were written")
+
+
+class DataConfig(Section):
+    """What the model is trained and validated on."""
+
+    seq_len: int = Field(512, ge=2, le=1_048_576, description="tokens a sample")
+    stride: int | None = Field(None, ge=1, description="tokens between window starts; null: seq_len")
+    source: SourceConfig = Field(description="training samples")
+    validation: SourceConfig | None = Field(None, description="null: split `val` of the same dataset, where it has one")
+    order: OrderConfig = Field(default_factory=OrderConfig)
+    document_masking: bool = Field(True, description="documents do not see each other; false only in reference variants")
+    workers: int = Field(0, ge=0, le=64, description="loader processes a rank; 0: read in the training process")
+    prefetch: int = Field(2, ge=1, le=64, description="updates read ahead by each loader process")
+
+    @field_validator("source", "validation", mode="before")
+    @classmethod
+    def _by_kind(cls, value: Any) -> Any:
+        from pretrain.config.registry import SOURCE_SCHEMAS, resolve
+        if not isinstance(value, dict):
+            return value
+        return resolve(SOURCE_SCHEMAS, str(value.get("kind", "shards")), "data.source.kind").model_validate(value)
