@@ -1,0 +1,223 @@
+"""`manifest.json` of a dataset folder and the table of shards of each split.
+
+    DATASET/manifest.json          written last: a folder without it is no dataset
+    DATASET/SPLIT.shards.bin       [shards] `SHARD_TABLE`, memory-mapped
+    DATASET/SPLIT-NNNNNN.tar .idx  see shards.py
+    DATASET/tokenizer.json         the tokenizer whose SHA-256 the manifest names
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field, PrivateAttr, ValidationError
+
+from data_prep.files import canonical_json, fsync_folder, sha256_file, write_atomic
+from data_prep.index import index_bytes, index_path
+from pretrain.config.model import Section
+from pretrain.config.suggest import nearest
+from pretrain.errors import DataCorruption, UserError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.json"
+SHARD_TABLE = np.dtype([("first_token", "<u8"), ("tokens", "<u8"), ("bytes", "<u8"), ("name_id", "<u8"),
+                        ("sha256", "u1", (32,))])
+"""One row a shard: position of its first token in the split, tokens, bytes of the tar, number in its name, its hash."""
+_SPLIT_NAME = re.compile(r"[a-z][a-z0-9_]*")
+
+
+def shard_name(split: str, name_id: int) -> str:
+    """File name of a shard."""
+    return f"{split}-{name_id:06d}.tar"
+
+
+def write_table(folder: Path, split: str, table: npt.NDArray[Any]) -> tuple[str, str]:
+    """Write a split's table of shards. Returns its file name and SHA-256.
+
+    Raises:
+        UserError: for a split name that is no plain lower-case word (it becomes part of file names).
+    """
+    if not _SPLIT_NAME.fullmatch(split):
+        raise UserError(f'"{split}" is no split name: use lower-case letters, digits and _')
+    name = f"{split}.shards.bin"
+    return name, write_atomic(folder / name, table.tobytes())
+
+
+class SplitRecord(Section):
+    """A split's entry in the manifest."""
+
+    tokens: int = Field(ge=0, description="tokens, the end-of-text token of each document included")
+    docs: int = Field(ge=0, description="documents")
+    bytes: int = Field(ge=0, description="UTF-8 bytes of the documents' text")
+    table: str = Field(pattern=r"^[a-z][a-z0-9_]*\.shards\.bin$", description="file name of the table of shards")
+    table_sha256: str = Field(pattern="^[0-9a-f]{64}$", description="SHA-256 of that file")
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split of an opened dataset."""
+
+    name: str
+    folder: Path
+    table: npt.NDArray[Any]
+    """[shards] `SHARD_TABLE`, a read-only map of the file."""
+    tokens: int
+    docs: int
+    bytes: int
+    block_tokens: int
+
+    @property
+    def n_shards(self) -> int:
+        """Shards of this split."""
+        return len(self.table)
+
+    @property
+    def n_blocks(self) -> int:
+        """Blocks of this split; block i begins at token i * block_tokens."""
+        return -(-self.tokens // self.block_tokens)
+
+    def shard_of(self, token_position: int) -> int:
+        """The shard that holds a token of the split's contiguous stream. Raises IndexError outside of it."""
+        if not 0 <= token_position < self.tokens:
+            raise IndexError(f"split {self.name} has tokens 0 to {self.tokens - 1}, asked for {token_position}")
+        return int(np.searchsorted(self.table["first_token"], token_position, side="right")) - 1
+
+    def tar_path(self, shard: int) -> Path:
+        """The tar of a shard; its index has the suffix `.idx`."""
+        return self.folder / shard_name(self.name, int(self.table[shard]["name_id"]))
+
+
+class Manifest(Section):
+    """What a dataset folder states about itself."""
+
+    format: Literal[1] = 1
+    tokenizer_sha256: str | None = Field(description="SHA-256 of tokenizer.json; null: ids without a tokenizer")
+    dtype: Literal["<u2", "<u4"] = Field(description="type of the tokens")
+    block_tokens: int = Field(ge=1, description="tokens of every block but a split's last")
+    eos_id: int = Field(ge=0, description="id that ends each document")
+    vocab_size: int = Field(ge=1, description="ids are below this")
+    splits: dict[str, SplitRecord]
+    provenance: dict[str, Any] = Field(description="how the data was made; `paths` in it is no part of the fingerprint")
+    _folder: Path = PrivateAttr(default=Path())
+
+    @property
+    def folder(self) -> Path:
+        """The dataset folder."""
+        return self._folder
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the canonical JSON without paths. The tables' hashes are in it, so the content is covered."""
+        stated = self.model_dump(mode="json")
+        stated["provenance"] = {k: v for k, v in self.provenance.items() if k != "paths"}
+        return hashlib.sha256(canonical_json(stated)).hexdigest()
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """Parse `folder`/manifest.json and nothing else.
+
+        Raises:
+            UserError: no dataset there, or one of another format.
+            DataCorruption: a manifest that is no manifest.
+        """
+        path = folder / MANIFEST
+        try:
+            stated = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            raise UserError(f"{folder}: no dataset here, {MANIFEST} is missing (`pretrain prep` writes one)") from None
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        except ValueError as error:
+            raise DataCorruption(f"{path}: not JSON ({error})") from None
+        found = stated.get("format") if isinstance(stated, dict) else None
+        if found != FORMAT:
+            raise UserError(f"{path}: format {found!r}, this version reads format {FORMAT}; prepare the data again")
+        try:
+            manifest = cls.model_validate(stated)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise DataCorruption(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        manifest._folder = folder
+        return manifest
+
+    @classmethod
+    def load(cls, folder: Path | str) -> Manifest:
+        """Open a dataset: the manifest, the hashes of tables and tokenizer, the presence and size of every file.
+
+        Raises:
+            UserError: no dataset there, or one of another format.
+            DataCorruption: the first fault, naming the file. Content of shards is not read; see `verify_shard`.
+        """
+        manifest = cls.read(Path(folder))
+        problems = manifest.problems()
+        if problems:
+            more = f" (and {len(problems) - 1} more; see `pretrain data verify`)" if len(problems) > 1 else ""
+            raise DataCorruption(problems[0] + more)
+        return manifest
+
+    def problems(self) -> list[str]:
+        """Every fault that shows without reading shards: tokenizer, tables, missing files, wrong sizes."""
+        found = []
+        if self.tokenizer_sha256 is not None:
+            found += _hash_problem(self.folder / TOKENIZER, self.tokenizer_sha256, "another tokenizer")
+        for name, record in self.splits.items():
+            table = self.folder / record.table
+            fault = _hash_problem(table, record.table_sha256, "changed bytes or a foreign manifest")
+            found += fault or self._size_problems(name, record)
+        return found
+
+    def _size_problems(self, name: str, record: SplitRecord) -> list[str]:
+        split = self.split(name)
+        if int(split.table["tokens"].sum()) != record.tokens:
+            return [f"{self.folder / record.table}: {int(split.table['tokens'].sum())} tokens, "
+                    f"{MANIFEST} says {record.tokens}"]
+        found = []
+        for shard in range(split.n_shards):
+            tar = split.tar_path(shard)
+            blocks = -(-int(split.table[shard]["tokens"]) // self.block_tokens)
+            for path, size in ((tar, int(split.table[shard]["bytes"])), (index_path(tar), index_bytes(blocks))):
+                try:
+                    actual = path.stat().st_size
+                except OSError as error:
+                    found.append(f"{path}: missing or unreadable ({error.strerror})")
+                    continue
+                if actual != size:
+                    found.append(f"{path}: {actual} bytes, {size} expected (truncated or replaced)")
+        return found
+
+    def split(self, name: str) -> Split:
+        """One split. Raises UserError for a name that the dataset does not have."""
+        record = self.splits.get(name)
+        if record is None:
+            raise UserError(f'{self.folder}: no split "{name}"{nearest(name, self.splits)}; '
+                            f"it has {', '.join(self.splits)}")
+        path = self.folder / record.table
+        size = path.stat().st_size
+        table = np.memmap(path, SHARD_TABLE, "r") if size else np.zeros(0, SHARD_TABLE)  # nothing to map in 0 bytes
+        return Split(name, self.folder, table, record.tokens, record.docs, record.bytes, self.block_tokens)
+
+
+def _hash_problem(path: Path, expected: str, likely: str) -> list[str]:
+    try:
+        actual = sha256_file(path)
+    except OSError as error:
+        return [f"{path}: missing or unreadable ({error.strerror})"]
+    if actual == expected:
+        return []
+    return [f"{path}: SHA-256 is {actual[:16]}..., {MANIFEST} says {expected[:16]}... ({likely})"]
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
+    """Write manifest.json, atomically and after everything else is on the disk: it makes `folder` a dataset."""
+    stated = json.dumps(manifest.model_dump(mode="json"), indent=1, sort_keys=True, ensure_ascii=False)
+    write_atomic(folder / MANIFEST, stated.encode() + b"\n")
+    fsync_folder(folder)
+    return Manifest.load(folder)

@@ -1,0 +1,282 @@
+"""The shard format: plain POSIX tars that stock `webdataset` reads, each with a sidecar index that needs no parsing.
+
+A shard `SPLIT-NNNNNN.tar` holds blocks of tokens of many documents. The members of a block are
+
+    KEY.tokens.npy   <u2 or <u4 [n]   n = block_tokens, except in the last block of the split
+    KEY.docs.npy     <i8 [d, 5]       one row a document: start in the block, UTF-8 bytes of the whole document, source,
+                                      document hash, flags (bit 0: continues the previous block)
+    KEY.prov.jsonl                    line i tells where document i of the block came from
+
+`SPLIT-NNNNNN.idx` beside it is a 128-byte header (`INDEX_HEADER`) and one `INDEX_ROW` a block with the byte offsets of
+the three payloads inside the tar, so that a reader maps the tar and takes slices. Both are reproducible byte for byte.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import mmap
+import tarfile
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from data_prep.files import canonical_json, fsync_folder, publish, sha256_file, temporary_name
+from data_prep.index import INDEX_HEADER, INDEX_MAGIC, INDEX_ROW, index_path, read_index
+from data_prep.manifest import SHARD_TABLE, SplitRecord, shard_name, write_table
+from pretrain.errors import DataCorruption
+
+DOC_START, DOC_BYTES, DOC_SOURCE, DOC_HASH, DOC_FLAGS = range(5)
+"""Columns of `docs.npy`."""
+CONTINUES = 1
+"""Flag bit: the document began in an earlier block."""
+TARGET_SHARD_BYTES = 64 << 20
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """The narrowest token type: <u2 up to 65,536 ids, else <u4."""
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+class ShardWriter:
+    """Writes the documents of one split, in the order they are pushed, as shards of `folder`.
+
+    Use as a context manager: leaving it writes the last block and the split's table, an error leaves only temporary
+    files behind. `record` is set afterwards.
+    """
+
+    def __init__(self, folder: Path, split: str, *, dtype: np.dtype[Any], block_tokens: int = 16384,
+                 blocks_per_shard: int | None = None) -> None:
+        self.folder, self.split = folder, split
+        self.blocks_per_shard = blocks_per_shard or max(1, TARGET_SHARD_BYTES // (block_tokens * dtype.itemsize))
+        self.record: SplitRecord | None = None
+        self._block = np.empty(block_tokens, dtype)
+        self._fill = 0
+        self._doc_rows: list[tuple[int, int, int, int, int]] = []
+        self._prov_lines: list[bytes] = []
+        self._blocks = self._tokens = self._docs = self._bytes = 0
+        self._shard: _OpenShard | None = None
+        self._table: list[tuple[int, int, int, int, bytes]] = []
+
+    def push(self, tokens: npt.NDArray[Any], *, utf8_bytes: int, source: int, doc_hash: int,
+             provenance: dict[str, Any]) -> None:
+        """Append one document.
+
+        Args:
+            tokens: [n] ids of the document with its end-of-text token, n >= 1.
+            utf8_bytes: length of the whole document's text.
+            source: number of the source it came from.
+            doc_hash: signed 64-bit hash of the document.
+            provenance: JSON object that lets the document be found again.
+
+        Raises:
+            ValueError: for an empty document or an id that does not fit the token type.
+        """
+        limit = int(np.iinfo(self._block.dtype).max)
+        if len(tokens) == 0 or int(tokens.max()) > limit:
+            raise ValueError(f"a document holds at least one token and ids up to {limit}, found {len(tokens)} tokens")
+        line = canonical_json(provenance) + b"\n"
+        done, flags = 0, 0
+        while done < len(tokens):
+            taken = min(len(tokens) - done, len(self._block) - self._fill)
+            self._doc_rows.append((self._fill, utf8_bytes, source, doc_hash, flags))
+            self._prov_lines.append(line)
+            self._block[self._fill:self._fill + taken] = tokens[done:done + taken]
+            self._fill += taken
+            done += taken
+            flags = CONTINUES
+            if self._fill == len(self._block):
+                self._write_block()
+        self._docs += 1
+        self._bytes += utf8_bytes
+
+    def _write_block(self) -> None:
+        if self._shard is None:
+            self._shard = _OpenShard(self.folder / shard_name(self.split, len(self._table)), self._block.itemsize)
+        docs = np.array(self._doc_rows, "<i8").reshape(-1, 5)
+        self._shard.add_block(f"{self.split}-{self._blocks:012d}", self._block[:self._fill], docs,
+                              b"".join(self._prov_lines))
+        self._blocks += 1
+        self._tokens += self._fill
+        self._fill = 0
+        self._doc_rows.clear()
+        self._prov_lines.clear()
+        if self._shard.blocks == self.blocks_per_shard:
+            self._finish_shard()
+
+    def _finish_shard(self) -> None:
+        assert self._shard is not None
+        size, digest, tokens = self._shard.close()
+        self._table.append((self._tokens - tokens, tokens, size, len(self._table), digest))
+        self._shard = None
+
+    def close(self) -> SplitRecord:
+        """Write what is left, then the split's table. Returns the split's entry for the manifest."""
+        if self._fill:
+            self._write_block()
+        if self._shard is not None:
+            self._finish_shard()
+        table = np.zeros(len(self._table), SHARD_TABLE)
+        for row, (first, tokens, size, name_id, digest) in zip(table, self._table, strict=True):
+            row["first_token"], row["tokens"], row["bytes"], row["name_id"] = first, tokens, size, name_id
+            row["sha256"] = np.frombuffer(digest, "u1")
+        file_name, table_sha256 = write_table(self.folder, self.split, table)
+        fsync_folder(self.folder)
+        self.record = SplitRecord(tokens=self._tokens, docs=self._docs, bytes=self._bytes, table=file_name,
+                                  table_sha256=table_sha256)
+        return self.record
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        if kind is None:
+            self.close()
+        elif self._shard is not None:
+            self._shard.abandon()
+
+
+class _OpenShard:
+    """One tar and its index while they are written under temporary names."""
+
+    def __init__(self, path: Path, token_bytes: int) -> None:
+        self.path, self.token_bytes = path, token_bytes
+        self.tokens = 0
+        self._rows: list[tuple[int, ...]] = []
+        self._offset = 0
+        self._hash = hashlib.sha256()
+        self._file: IO[bytes] = temporary_name(path).open("wb")
+
+    @property
+    def blocks(self) -> int:
+        return len(self._rows)
+
+    def add_block(self, key: str, tokens: npt.NDArray[Any], docs: npt.NDArray[np.int64], provenance: bytes) -> None:
+        """Write the three members of a block."""
+        tokens_end = self._add_member(f"{key}.tokens.npy", _npy(tokens))
+        docs_end = self._add_member(f"{key}.docs.npy", _npy(docs))
+        prov_end = self._add_member(f"{key}.prov.jsonl", provenance)
+        self._rows.append((tokens_end - tokens.nbytes, len(tokens), docs_end - docs.nbytes, len(docs),
+                           prov_end - len(provenance), len(provenance)))
+        self.tokens += len(tokens)
+
+    def _add_member(self, name: str, content: bytes) -> int:
+        """Write one member and return the offset of the end of its content."""
+        info = tarfile.TarInfo(name)
+        info.size, info.mode = len(content), 0o644
+        header = info.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict")
+        end = self._offset + len(header) + len(content)
+        self._write(header + content + bytes(-len(content) % tarfile.BLOCKSIZE))
+        return end
+
+    def _write(self, content: bytes) -> None:
+        self._file.write(content)
+        self._hash.update(content)
+        self._offset += len(content)
+
+    def close(self) -> tuple[int, bytes, int]:
+        """Publish the tar and its index. Returns the tar's bytes and SHA-256 and the number of tokens in it."""
+        end = self._offset + 2 * tarfile.BLOCKSIZE
+        self._write(bytes(2 * tarfile.BLOCKSIZE + -end % tarfile.RECORDSIZE))
+        digest = self._hash.digest()
+        rows = np.array(self._rows, INDEX_ROW)
+        header = np.zeros((), INDEX_HEADER)
+        header["magic"], header["blocks"], header["token_bytes"] = INDEX_MAGIC, len(rows), self.token_bytes
+        header["tar_bytes"], header["tar_sha256"] = self._offset, np.frombuffer(digest, "u1")
+        header["rows_sha256"] = np.frombuffer(hashlib.sha256(rows.tobytes()).digest(), "u1")
+        index = index_path(self.path)
+        with temporary_name(index).open("wb") as file:
+            file.write(header.tobytes() + rows.tobytes())
+            publish(file, temporary_name(index), index)
+        publish(self._file, temporary_name(self.path), self.path)
+        return self._offset, digest, self.tokens
+
+    def abandon(self) -> None:
+        """Remove the unfinished tar."""
+        self._file.close()
+        temporary_name(self.path).unlink(missing_ok=True)
+
+
+def _npy(array: npt.NDArray[Any]) -> bytes:
+    """The array as an npy file, version 1.0."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, array, version=(1, 0), allow_pickle=False)
+    return buffer.getvalue()
+
+
+class ShardReader:
+    """Blocks of one shard as views of the mapped file; nothing is parsed and nothing copied.
+
+    Opening checks the index (its own hash, the tar's size), never the content of the tar: that is `verify_shard`.
+
+    Raises:
+        DataCorruption: where the tar or its index is missing, cut short or not a pair.
+    """
+
+    def __init__(self, tar_path: Path, idx_path: Path | None = None, *, random_access: bool = True) -> None:
+        self.path = tar_path
+        header, self._rows = read_index(idx_path or index_path(tar_path))
+        self._token_dtype = np.dtype(f"<u{int(header['token_bytes'])}")
+        try:
+            with tar_path.open("rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:
+            raise DataCorruption(f"{tar_path}: shard cannot be read ({error})") from None
+        if len(self._map) != int(header["tar_bytes"]):
+            raise DataCorruption(f"{tar_path}: {len(self._map)} bytes, its index expects {int(header['tar_bytes'])}")
+        if random_access and hasattr(mmap, "MADV_RANDOM"):
+            self._map.madvise(mmap.MADV_RANDOM)
+
+    @property
+    def n_blocks(self) -> int:
+        """Blocks in this shard."""
+        return len(self._rows)
+
+    @property
+    def rows(self) -> npt.NDArray[Any]:
+        """The index: [n_blocks] `INDEX_ROW`."""
+        return self._rows
+
+    def tokens(self, block: int) -> npt.NDArray[Any]:
+        """[n] u2 or u4: ids of a block, a read-only view."""
+        row = self._rows[block]
+        return np.frombuffer(self._map, self._token_dtype, int(row["tokens"]), int(row["tokens_offset"]))
+
+    def docs(self, block: int) -> npt.NDArray[np.int64]:
+        """[d, 5] i8: start, utf8_bytes, source, doc_hash, flags of the documents of a block, a read-only view."""
+        row = self._rows[block]
+        return np.frombuffer(self._map, "<i8", int(row["docs"]) * 5, int(row["docs_offset"])).reshape(-1, 5)
+
+    def provenance(self, block: int) -> list[dict[str, Any]]:
+        """Where each of the d documents of a block came from."""
+        start, size = int(self._rows[block]["prov_offset"]), int(self._rows[block]["prov_bytes"])
+        return [json.loads(line) for line in self._map[start:start + size].splitlines()]
+
+
+def verify_shard(path: Path, row: np.void) -> str | None:
+    """Hash the shard at `path` against its row of the split's table; also its index.
+
+    Returns what is wrong in one line that names the file, or None.
+    """
+    try:
+        size = path.stat().st_size
+        if size != int(row["bytes"]):
+            return f"{path}: {size} bytes, the table says {int(row['bytes'])} (truncated or replaced)"
+        digest = sha256_file(path)
+    except OSError as error:
+        return f"{path}: shard cannot be read ({error.strerror})"
+    expected = row["sha256"].tobytes()
+    if digest != expected.hex():
+        return f"{path}: SHA-256 is {digest[:16]}..., the table says {expected.hex()[:16]}... (changed bytes)"
+    try:
+        header, rows = read_index(index_path(path))
+    except DataCorruption as error:
+        return str(error)
+    if header["tar_sha256"].tobytes() != expected or int(rows["tokens"].sum()) != int(row["tokens"]):
+        return f"{index_path(path)}: index of another shard (its tar's SHA-256 or token count differs)"
+    return None
