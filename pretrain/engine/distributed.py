@@ -1,0 +1,236 @@
+"""Ranks: how they find each other, agree, and leave.
+
+Rendezvous is our own TCP store, so that a world that does not assemble names who is missing before any model is built.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import logging
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from pretrain.engine.launcher import LISTEN_FD
+from pretrain.engine.traps import quiet, skip_op_probing
+from pretrain.errors import ExitCode, PretrainError, UserError
+
+T = TypeVar("T")
+_log = logging.getLogger("pretrain")
+
+
+@dataclass(frozen=True, slots=True)
+class RankEnvironment:
+    """Who this process is."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    master_addr: str
+    master_port: int
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """A joined world. `control` carries small host-side agreements and never touches the accelerator."""
+
+    rank: int
+    local_rank: int
+    size: int
+    device: torch.device
+    control: Any
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0."""
+        return self.rank == 0
+
+    def reduce_ints(self, values: list[int], op: str = "sum") -> list[int]:
+        """Element-wise sum or max over ranks of host integers. Collective."""
+        if self.size == 1:
+            return values
+        tensor = torch.tensor(values, dtype=torch.int64)
+        dist.all_reduce(tensor, op=dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX, group=self.control)
+        return [int(v) for v in tensor]
+
+    def agree(self, flag: bool) -> bool:
+        """True where the flag is true on every rank. Collective."""
+        return self.reduce_ints([int(not flag)], "max")[0] == 0
+
+    def barrier(self) -> None:
+        """Wait for all ranks, without the accelerator."""
+        if self.size > 1:
+            dist.barrier(group=self.control)
+
+    def broadcast(self, value: T) -> T:
+        """Rank 0's value on every rank (small plain objects)."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+    def gather_objects(self, value: T) -> list[T]:
+        """Every rank's value, in rank order, on every rank."""
+        if self.size == 1:
+            return [value]
+        box: list[Any] = [None] * self.size
+        dist.all_gather_object(box, value, group=self.control)
+        return box
+
+    def on_main(self, action: Callable[[], T]) -> T:
+        """Run `action` on rank 0 and give its result to all; its error is raised on every rank. Collective."""
+        outcome: tuple[bool, Any] = (True, None)
+        if self.is_main:
+            try:
+                outcome = (True, action())
+            except PretrainError as error:
+                outcome = (False, error)
+            except Exception as error:
+                if self.size == 1:
+                    raise
+                _log.exception("rank 0 failed")
+                outcome = (False, RuntimeError(f"rank 0 failed: {error}"))
+        succeeded, value = self.broadcast(outcome)
+        if not succeeded:
+            raise value
+        result: T = value
+        return result
+
+    def all_or_none(self, action: Callable[[], T]) -> T:
+        """Run `action` on every rank; if any rank fails, every rank raises the first failing rank's error. Collective."""
+        value: T | None = None
+        mine: Exception | None = None
+        try:
+            value = action()
+        except Exception as error:
+            mine = error
+        if self.size == 1:
+            if mine is not None:
+                raise mine
+        else:
+            bad = [(r, e) for r, e in enumerate(self.gather_objects(_portable(mine))) if e is not None]
+            if mine is not None and not isinstance(mine, PretrainError):
+                _log.error("rank %d failed", self.rank, exc_info=mine)
+            if bad:
+                rank, error = bad[0]
+                raise error if isinstance(error, PretrainError) else RuntimeError(f"rank {rank} failed: {error}")
+        return value  # type: ignore[return-value]
+
+
+def _portable(error: Exception | None) -> Exception | None:
+    if error is None or isinstance(error, PretrainError):
+        return error
+    return RuntimeError(f"{type(error).__name__}: {error}")
+
+
+def rank_environment(environment: Mapping[str, str]) -> RankEnvironment | None:
+    """Read who we are from RANK/WORLD_SIZE (our launcher, torchrun, deepspeed) or SLURM_*; None if not launched.
+
+    Raises UserError naming the variable where the environment is half set.
+    """
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        names = {"rank": "RANK", "local_rank": "LOCAL_RANK", "world": "WORLD_SIZE", "port": "MASTER_PORT"}
+        address = environment.get("MASTER_ADDR")
+    elif int(environment.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in environment:
+        names = {"rank": "SLURM_PROCID", "local_rank": "SLURM_LOCALID", "world": "SLURM_NTASKS", "port": "MASTER_PORT"}
+        address = environment.get("MASTER_ADDR")
+    else:
+        return None
+    values = {}
+    for key, name in names.items():
+        text = environment.get(name)
+        if text is None or not text.isdigit():
+            raise UserError(f"environment: {name} is {text!r}; a launched rank needs {', '.join(names.values())} "
+                            "and MASTER_ADDR")
+        values[key] = int(text)
+    if not address:
+        raise UserError("environment: MASTER_ADDR is not set; it is the host of rank 0")
+    return RankEnvironment(values["rank"], values["local_rank"], values["world"], address, values["port"])
+
+
+def join(own: RankEnvironment, *, timeout_s: float, force_cpu: bool = False) -> World:
+    """Meet the other ranks and start the process groups.
+
+    Raises UserError, the same on every rank that came, naming the ranks that did not come within `timeout_s`.
+    """
+    os.environ.update(RANK=str(own.rank), LOCAL_RANK=str(own.local_rank), WORLD_SIZE=str(own.world_size),
+                      MASTER_ADDR=own.master_addr, MASTER_PORT=str(own.master_port))
+    cuda = torch.cuda.is_available() and not force_cpu
+    if not cuda:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    timeout = datetime.timedelta(seconds=timeout_s)
+    store = _meet(own, timeout_s)
+    device = torch.device("cuda", own.local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if cuda else "gloo", store=dist.PrefixStore("world", store), rank=own.rank,
+                            world_size=own.world_size, timeout=timeout)
+    control = dist.new_group(backend="gloo", timeout=timeout) if cuda else dist.group.WORLD
+    _start_deepspeed(timeout)
+    return World(own.rank, own.local_rank, own.world_size, device, control)
+
+
+def _meet(own: RankEnvironment, timeout_s: float) -> dist.Store:
+    """A store that all ranks have reached."""
+    deadline = time.monotonic() + timeout_s
+    timeout = datetime.timedelta(seconds=timeout_s)
+    fd = os.environ.pop(LISTEN_FD, None)
+    try:
+        store = dist.TCPStore(own.master_addr, own.master_port, own.world_size, is_master=own.rank == 0,
+                              timeout=timeout, wait_for_workers=False,
+                              master_listen_fd=int(fd) if fd is not None else None)
+    except (dist.DistNetworkError, dist.DistStoreError, RuntimeError) as error:
+        if own.rank == 0 and ("in use" in str(error) or "EADDRINUSE" in str(error)):
+            raise UserError(f"port {own.master_port} on {own.master_addr} is in use; set launch.port or MASTER_PORT to "
+                            "another one") from None
+        raise UserError(f"rank {own.rank} on {socket.gethostname()} cannot reach rank 0 at {own.master_addr}:"
+                        f"{own.master_port} within {timeout_s:.0f} s") from None
+    store.set(f"here/{own.rank}", f"{socket.gethostname()}:{os.getpid()}")
+    if own.rank == 0:
+        missing = set(range(own.world_size))
+        while missing and time.monotonic() < deadline:
+            missing = {r for r in missing if not store.check([f"here/{r}"])}
+            if missing:
+                time.sleep(0.05)
+        store.set("verdict", ",".join(map(str, sorted(missing))))
+    with contextlib.suppress(dist.DistStoreError):
+        store.wait(["verdict"], timeout + datetime.timedelta(seconds=10))
+    late = store.get("verdict").decode()
+    if late:
+        if own.rank == 0:
+            time.sleep(1.0)  # the store lives in this process: let the others read the verdict
+        raise UserError(f"{own.world_size - len(late.split(','))} of {own.world_size} ranks came within {timeout_s:.0f} s; "
+                        f"missing: rank {late.replace(',', ', ')} (launch.timeout)")
+    return store
+
+
+def _start_deepspeed(timeout: datetime.timedelta) -> None:
+    import deepspeed
+    quiet()
+    skip_op_probing()
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timeout)
+
+
+def shutdown(code: int | ExitCode, world: World | None = None) -> None:
+    """Leave the process with `code`, together with the other ranks where `world` is given. Does not return.
+
+    Interpreters with live gloo threads abort now and then while they tear down (1 run in 10), so the process leaves
+    through `os._exit` once everything is flushed.
+    """
+    if world is not None and world.size > 1:
+        with contextlib.suppress(Exception):
+            world.barrier()
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(int(code))

@@ -1,0 +1,76 @@
+"""DeepSpeed's traps and their cures, each with a test that fails when the cure is removed.
+
+Nothing else in the stack knows of them. Versions: deepspeed 0.19.8.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+_log = logging.getLogger("pretrain")
+
+
+def skip_op_probing() -> None:
+    """Keep DeepSpeed from compiling its shared-memory collective at every start on a CPU.
+
+    `init_distributed` asks a table of compatible ops, and building that table runs compilers; the op would then be
+    compiled for half a minute, and serves one inference call that training never makes.
+    """
+    import deepspeed.ops
+    deepspeed.ops.__dict__["__compatible_ops__"] = {}
+
+
+def remove_stale_locks(older_than_s: float = 600.0) -> list[Path]:
+    """Delete lock files that a killed compile left behind; torch would wait for them for ever. Returns them."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "torch_extensions"
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", default))
+    removed = []
+    for lock in root.glob("**/lock"):
+        try:
+            if time.time() - lock.stat().st_mtime > older_than_s:
+                lock.unlink()
+                removed.append(lock)
+        except OSError:
+            continue
+    for lock in removed:
+        _log.warning("removed %s: left by a compile that was killed", lock)
+    return removed
+
+
+def float_buffers(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of all floating-point buffers, to be given back after `deepspeed.initialize`.
+
+    DeepSpeed casts the whole module to the training dtype. In bf16 that ruins rotary frequencies: positions beyond a
+    few hundred lose their order.
+    """
+    return {name: buffer.detach().clone() for name, buffer in module.named_buffers() if buffer.is_floating_point()}
+
+
+def restore_buffers(module: torch.nn.Module, saved: dict[str, torch.Tensor]) -> None:
+    """Put the saved buffers back in their own dtype, on the device where the module is."""
+    for name, value in saved.items():
+        owner_name, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(owner_name)
+        current = owner._buffers[leaf]
+        assert current is not None
+        owner._buffers[leaf] = value.to(current.device)
+
+
+def own_step_tensors(optimizer: torch.optim.Optimizer, weight_decays: Iterable[float]) -> None:
+    """Mend a ZeRO-3 universal load, which shares one `step` tensor and gives all groups the first one's decay."""
+    for state in optimizer.state.values():
+        if torch.is_tensor(state.get("step")):
+            state["step"] = state["step"].clone()
+    for group, decay in zip(optimizer.param_groups, weight_decays, strict=True):
+        group["weight_decay"] = decay
+
+
+def quiet() -> None:
+    """DeepSpeed logs every start in full; warnings and errors are enough."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
