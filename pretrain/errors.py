@@ -6,6 +6,7 @@ and what would be right. The command line prints that line without a traceback a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import IntEnum
 
 
@@ -35,12 +36,26 @@ class UserError(PretrainError):
     code = ExitCode.USER
 
 
-class ConfigError(UserError):
-    """A config value that cannot be used; `key` is its dotted path."""
+class ConfigError(UserError, ValueError):
+    """A config value that cannot be used; `key` is its dotted path.
 
-    def __init__(self, key: str, message: str) -> None:
-        self.key = key
-        super().__init__(f"{key}: {message}" if key else message)
+    `where` names the file (and line) or the option that gave the value; `value` is the value as the user wrote it,
+    where the message does not name it already. A ValueError, so that pydantic collects it beside its own findings.
+    """
+
+    def __init__(self, key: str, message: str, *, where: str = "", value: str | None = None) -> None:
+        self.key, self.message, self.where, self.value = key, message, where, value
+        subject = f"{key} = {value}" if value is not None else key
+        super().__init__(": ".join(part for part in (where, subject, message) if part))
+
+
+class ConfigErrors(ConfigError):
+    """Everything that is wrong with a config, one line each."""
+
+    def __init__(self, problems: Sequence[ConfigError]) -> None:
+        self.problems = tuple(problems)
+        lines = [str(problem) for problem in problems]
+        super().__init__("", lines[0] if len(lines) == 1 else "\n  ".join([f"{len(lines)} problems:", *lines]))
 
 
 class DataCorruption(PretrainError):

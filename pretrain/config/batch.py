@@ -25,8 +25,8 @@ def resolve_batch(batch: BatchConfig, data_parallel_size: int) -> ResolvedBatch:
     elif micro is None:
         assert accumulation is not None
         if share % accumulation:
-            raise ConfigError("batch.gradient_accumulation_steps", f"{accumulation} does not divide the {share} samples "
-                              f"of a rank ({total} / {world} ranks); use one of {_divisors(share)}")
+            raise ConfigError("batch.gradient_accumulation_steps", f"{accumulation} does not divide the {share} "
+                              f"samples of a rank ({total} / {world} ranks); use one of {_divisors(share)}")
         micro = share // accumulation
     elif accumulation is None:
         if share % micro:
@@ -35,8 +35,8 @@ def resolve_batch(batch: BatchConfig, data_parallel_size: int) -> ResolvedBatch:
         accumulation = share // micro
     assert micro is not None and accumulation is not None
     if micro * accumulation * world != total:
-        raise ConfigError("batch.global_batch_size", f"{total} is not {micro} x {accumulation} x {world} (micro_batch_size"
-                          f" x gradient_accumulation_steps x ranks = {micro * accumulation * world}); "
+        raise ConfigError("batch.global_batch_size", f"{total} is not {micro} x {accumulation} x {world} "
+                          f"(micro_batch_size x gradient_accumulation_steps x ranks = {micro * accumulation * world}); "
                           "leave one of the three out and it is derived")
     return ResolvedBatch(global_batch_size=total, micro_batch_size=micro, gradient_accumulation_steps=accumulation,
                          data_parallel_size=world)

@@ -2,29 +2,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from pretrain.errors import ConfigError
+from pretrain.errors import ConfigError, ConfigErrors
 
 if TYPE_CHECKING:
     from pretrain.config.run import RunConfig
 
 
 def check_run(config: RunConfig) -> None:
-    """Raise ConfigError at the first contradiction between sections."""
+    """Raise ConfigErrors with every contradiction between sections."""
+    problems = [*_engine(config), *_data(config), *_schedule(config)]
+    if problems:
+        raise ConfigErrors(problems)
+
+
+def _engine(config: RunConfig) -> Iterator[ConfigError]:
     engine = config.engine
-    if engine.offload.parameters != "none" and engine.zero_stage != 3:
-        raise ConfigError("engine.offload.parameters", f"needs engine.zero_stage 3, which is {engine.zero_stage}")
-    if engine.offload.optimizer != "none" and engine.zero_stage == 0:
-        raise ConfigError("engine.offload.optimizer", "needs engine.zero_stage 1, 2 or 3, which is 0")
-    if engine.precision == "bf16" and engine.zero_stage not in (2, 3):
-        raise ConfigError("engine.precision", f"bf16 trains on engine.zero_stage 2 and 3, which is {engine.zero_stage}: "
-                          "stage 0 takes a hidden optimizer step at start and stage 1 accumulates in bf16; use fp32 or stage 2")
+    stage = engine.zero_stage
+    if engine.offload.parameters != "none" and stage != 3:
+        yield ConfigError("engine.offload.parameters", f"needs engine.zero_stage 3, which is {stage}; "
+                          "set the stage to 3 or the offload to none")
+    if engine.offload.optimizer != "none" and stage == 0:
+        yield ConfigError("engine.offload.optimizer", "needs engine.zero_stage 1, 2 or 3, which is 0; "
+                          "raise the stage or set the offload to none")
+    if engine.precision == "bf16" and stage not in (2, 3):
+        yield ConfigError("engine.precision", f"bf16 trains on engine.zero_stage 2 and 3, which is {stage}: stage 0 "
+                          "takes a hidden optimizer step at start and stage 1 accumulates in bf16; "
+                          "use fp32 or stage 2")
+
+
+def _data(config: RunConfig) -> Iterator[ConfigError]:
     limit = config.model.max_seq_len
     if limit is not None and config.data.seq_len > limit:
-        raise ConfigError("data.seq_len", f"{config.data.seq_len} is above model.max_seq_len {limit}")
-    if config.batch.global_batch_size and config.batch.global_batch_size % config.data.order.lanes:
-        raise ConfigError("data.order.lanes", f"{config.data.order.lanes} does not divide batch.global_batch_size "
-                          f"{config.batch.global_batch_size}")
+        yield ConfigError("data.seq_len", f"{config.data.seq_len} is above model.max_seq_len {limit}")
+    total, lanes = config.batch.global_batch_size, config.data.order.lanes
+    if total and total % lanes:
+        yield ConfigError("data.order.lanes", f"{lanes} does not divide batch.global_batch_size {total}")
+    micro, accumulation = config.batch.micro_batch_size or 1, config.batch.gradient_accumulation_steps or 1
+    if total and total % (micro * accumulation):
+        share = micro * accumulation
+        below, above = total // share * share, (total // share + 1) * share
+        yield ConfigError("batch.global_batch_size", f"{total} is no multiple of {share} (micro_batch_size {micro} x "
+                          f"gradient_accumulation_steps {accumulation}) for any number of ranks; "
+                          f"use {f'{below} or ' if below else ''}{above}, or leave one of the three out")
+
+
+def _schedule(config: RunConfig) -> Iterator[ConfigError]:
     if config.schedule.name == "plateau" and config.eval.every is None:
-        raise ConfigError("schedule.name", "plateau cuts the rate at evaluations, but eval.every is null")
+        yield ConfigError("schedule.name", "plateau cuts the rate at evaluations, but eval.every is null; "
+                          "give eval.every an interval or choose another schedule")

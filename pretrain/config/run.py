@@ -97,10 +97,10 @@ class EngineConfig(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="auto: see `pretrain doctor`")
     offload: OffloadConfig = Field(default_factory=OffloadConfig)
     activation_checkpointing: bool = Field(False, description="recompute block activations in the backward pass")
-    zero3_init: Literal["auto", "on", "off"] = Field("auto", description="partition weights as they are built (stage 3)")
+    zero3_init: Literal["auto", "on", "off"] = Field("auto", description="partition weights while building (stage 3)")
     compile: bool = Field(False, description="torch.compile the model")
     deterministic: bool = Field(False, description="ask torch for deterministic kernels (slower on CUDA)")
-    deepspeed: dict[str, Any] = Field(default_factory=dict, description="extra DeepSpeed keys; contradictions are errors")
+    deepspeed: dict[str, Any] = Field(default_factory=dict, description="further DeepSpeed keys; no contradictions")
 
 
 class CheckpointConfig(Section):
@@ -128,7 +128,7 @@ class MonitorConfig(Section):
     tensorboard: bool = True
     wandb: bool = Field(False, description="needs the extra [wandb]")
     wandb_project: str = "pretrain"
-    progress: Literal["auto", "bar", "lines", "off"] = Field("auto", description="auto: a bar on a terminal, else lines")
+    progress: Literal["auto", "bar", "lines", "off"] = Field("auto", description="auto: bar on a terminal, else lines")
     profile_steps: tuple[int, int] | None = Field(None, description="first and last step of a torch profiler trace")
     peak_flops: float | None = Field(None, gt=0, description="peak FLOP/s of one device, where it is not known to us")
 

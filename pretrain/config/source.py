@@ -22,7 +22,7 @@ class ShardsConfig(SourceConfig):
     path: str = Field(description="dataset folder written by `pretrain prep`")
     split: str = Field("train", description="split of the dataset")
     verify: Literal["full", "touch", "off", "auto"] = Field(
-        "auto", description="full: hash every shard before the first step; touch: each at first use; auto: full to 2 GB")
+        "auto", description="full: hash all shards before the first step; touch: each at first use; auto: full to 2 GB")
 
 
 class MixturePart(Section):
@@ -37,7 +37,7 @@ class MixtureConfig(SourceConfig):
 
     kind: Literal["mixture"] = "mixture"
     parts: list[MixturePart] = Field(min_length=1)
-    period: int = Field(1000, ge=1, le=1_000_000, description="places of the quota table; the resolution of the weights")
+    period: int = Field(1000, ge=1, le=1_000_000, description="places of the quota table, the resolution of weights")
 
 
 class OrderConfig(Section):
@@ -57,7 +57,7 @@ class DataConfig(Section):
     source: SourceConfig = Field(description="training samples")
     validation: SourceConfig | None = Field(None, description="null: split `val` of the same dataset, where it has one")
     order: OrderConfig = Field(default_factory=OrderConfig)
-    document_masking: bool = Field(True, description="documents do not see each other; false only in reference variants")
+    document_masking: bool = Field(True, description="documents do not see each other; off in reference variants")
     workers: int = Field(0, ge=0, le=64, description="loader processes a rank; 0: read in the training process")
     prefetch: int = Field(2, ge=1, le=64, description="updates read ahead by each loader process")
 
