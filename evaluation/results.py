@@ -1,0 +1,101 @@
+"""`results.json`: what was measured, on what, with what. One file per evaluation, readable by people and by us."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field, ValidationError
+
+from data_prep.files import write_atomic
+from pretrain.config.model import Section
+from pretrain.engine.evaluator import EvalResult
+from pretrain.errors import DataCorruption
+
+RESULTS = "results.json"
+
+
+class MetricRecord(Section):
+    """One figure with what is needed to read it."""
+
+    model_config = ConfigDict(ser_json_inf_nan="strings")
+
+    value: float
+    n: int = Field(description="number of things it is computed over")
+    higher_is_better: bool
+    ci: tuple[float, float] | None = Field(None, description="95% interval; null: not known")
+
+
+class NGramRecord(Section):
+    """One n-gram baseline, evaluated on exactly the tokens of the model."""
+
+    model_config = ConfigDict(ser_json_inf_nan="strings")
+
+    order: int = Field(ge=1, le=3)
+    scope: Literal["equal tokens", "full split"] = Field(description="trained on the tokens of the model, or on all")
+    train_tokens: int = Field(description="labelled tokens it was trained on")
+    loss: float = Field(description="nats a token")
+    perplexity: float
+    bits_per_byte: float
+    n: int = Field(description="labelled tokens it was evaluated on")
+
+    @property
+    def label(self) -> str:
+        """Name for tables: `bigram, equal tokens`."""
+        return f"{('unigram', 'bigram', 'trigram')[self.order - 1]}, {self.scope}"
+
+
+class TextSample(Section):
+    """One text that the model continued."""
+
+    prompt: str
+    text: str = Field(description="the continuation, without the prompt")
+
+
+class Results(Section):
+    """Everything about one evaluation."""
+
+    format: Literal[1] = 1
+    task: str
+    task_version: int = Field(description="raised whenever the figure of a task would change on equal input")
+    metrics: dict[str, MetricRecord]
+    passed: bool | None = Field(None, description="verdict, where the task has one")
+    baselines: list[NGramRecord] = Field(default_factory=list)
+    samples: list[TextSample] = Field(default_factory=list)
+    details: dict[str, Any] = Field(default_factory=dict, description="whatever else the task found")
+    target: str = Field(description="what was evaluated, as given")
+    model: dict[str, Any] = Field(default_factory=dict, description="family, parameters")
+    step: int | None = Field(None, description="optimizer updates of the evaluated weights")
+    weights_sha256: str | None = Field(None, description="hash of the checkpoint's manifest or of the weights file")
+    dataset: dict[str, Any] = Field(default_factory=dict, description="path, split, fingerprint")
+    dtype: str = Field(description="dtype of weights and activations")
+    batch_size: int
+    seed: int
+    host: dict[str, Any] = Field(default_factory=dict)
+    command: str
+    created: str = Field(description="UTC, ISO 8601")
+
+    def write(self, folder: Path) -> Path:
+        """Write `folder`/results.json, whole or not at all."""
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / RESULTS
+        write_atomic(path, self.model_dump_json(indent=1).encode() + b"\n")
+        return path
+
+    @classmethod
+    def read(cls, path: Path) -> Results:
+        """Read it back. Raises DataCorruption naming the file and the field."""
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise DataCorruption(f"{path}: {'.'.join(map(str, first['loc'])) or 'file'}: {first['msg']}") from None
+
+
+def records(result: EvalResult) -> dict[str, MetricRecord]:
+    """The metrics of an evaluator as they are stored; an interval of unknown ends becomes null."""
+    def known(ci: tuple[float, float] | None) -> tuple[float, float] | None:
+        return None if ci is None or any(math.isnan(end) for end in ci) else ci
+    return {name: MetricRecord(value=m.value, n=m.n, higher_is_better=m.higher_is_better, ci=known(m.ci))
+            for name, m in result.metrics.items()}
