@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 import traceback
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+import pretrain
+from pretrain.config.suggest import nearest
 from pretrain.errors import ExitCode, PretrainError
 
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -24,54 +27,57 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "config": ("pretrain.cli.config:app", "Show, compare and describe configs."),
     "doctor": ("pretrain.cli.doctor:doctor", "What this machine can do; collect what a bug report needs."),
     "runs": ("pretrain.cli.runs:app", "List runs."),
-    "control": ("pretrain.cli.control:control", "Ask a running run to save, stop, evaluate or reload its learning rate."),
+    "control": ("pretrain.cli.control:control", "Ask a run to save, stop, evaluate or reload its learning rate."),
     "demo": ("pretrain.cli.demo:demo", "The whole way on this machine: prepare, train, evaluate, export, report."),
 }
 
 
 class LazyGroup(TyperGroup):
-    """A group whose commands are imported when they are used."""
+    """A group whose commands are imported when they are called; its own help reads the table above only."""
 
     def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
         """Names in the order of `COMMANDS`."""
         return list(COMMANDS)
 
     def get_command(self, ctx: typer.Context, cmd_name: str) -> Any:  # type: ignore[override]
-        """The command; for the list in `--help` a stand-in with its one line."""
+        """Import and return the command, None where there is no such name."""
         if cmd_name not in COMMANDS:
             return None
-        target, short_help = COMMANDS[cmd_name]
-        stub = typer.Typer(add_completion=False, rich_markup_mode=None)
-        if ctx.info_name and not _is_called(cmd_name):
-            stub.command(cmd_name, help=short_help)(_stand_in)
-            return typer.main.get_command(stub)
-        module, attribute = target.split(":")
+        module, attribute = COMMANDS[cmd_name][0].split(":")
         loaded = getattr(importlib.import_module(module), attribute)
         if not isinstance(loaded, typer.Typer):
-            stub.command(cmd_name, help=loaded.__doc__)(loaded)
-            loaded = stub
+            single = typer.Typer(add_completion=False, rich_markup_mode=None)
+            single.command(cmd_name, help=inspect.getdoc(loaded))(loaded)
+            loaded = single
         command = typer.main.get_command(loaded)
         command.name = cmd_name
         return command
 
+    def resolve_command(self, ctx: typer.Context, args: list[str]) -> Any:  # type: ignore[override]
+        """The command of the first word; a mistyped one is told the nearest right one."""
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            ctx.fail(f'no command "{args[0]}"{nearest(args[0], COMMANDS)}')
+        return super().resolve_command(ctx, args)
 
-def _stand_in() -> None:
-    """Shown in the list of commands, never run."""
-
-
-def _is_called(name: str) -> bool:
-    """Whether `name` is the first word of the command line."""
-    words = [w for w in sys.argv[1:] if not w.startswith("-")]
-    return bool(words) and words[0] == name
+    def format_commands(self, ctx: typer.Context, formatter: Any) -> None:  # type: ignore[override]
+        """The list of commands, each with its whole line."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
 
 
 app = typer.Typer(cls=LazyGroup, add_completion=False, no_args_is_help=True, rich_markup_mode=None,
-                  pretty_exceptions_enable=False,
-                  help="Pretraining of unusual architectures on DeepSpeed, with controls beside every claim.")
+                  pretty_exceptions_enable=False, context_settings={"max_content_width": 120})
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"pretrain {pretrain.__version__}")
+        raise typer.Exit
 
 
 @app.callback()
-def _root() -> None:
+def _root(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True,
+                                                help="Show the version and exit.")] = False) -> None:
     """Pretraining of unusual architectures on DeepSpeed, with controls beside every claim."""
 
 
