@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, ValidationError
 
-from data_prep.files import write_atomic
 from pretrain.config.model import Section
 from pretrain.engine.evaluator import EvalResult
 from pretrain.errors import DataCorruption
+from pretrain.runfolder.publish import write_text_atomic
 
 RESULTS = "results.json"
 
@@ -80,7 +80,7 @@ class Results(Section):
         """Write `folder`/results.json, whole or not at all."""
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / RESULTS
-        write_atomic(path, self.model_dump_json(indent=1).encode() + b"\n")
+        write_text_atomic(path, self.model_dump_json(indent=1) + "\n")
         return path
 
     @classmethod
