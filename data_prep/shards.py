@@ -242,6 +242,11 @@ class ShardReader:
         """The index: [n_blocks] `INDEX_ROW`."""
         return self._rows
 
+    @property
+    def data(self) -> mmap.mmap:
+        """The mapped tar, which `rows` points into. For readers that gather many windows at once."""
+        return self._map
+
     def tokens(self, block: int) -> npt.NDArray[Any]:
         """[n] u2 or u4: ids of a block, a read-only view."""
         row = self._rows[block]

@@ -1,0 +1,204 @@
+"""Windows of a prepared dataset: any length and stride, cut from the contiguous token stream of a split.
+
+Window i is the seq_len + 1 tokens from i * stride on, across the edges of blocks and shards; what is left at the end
+and fills no window is dropped. Every block of a split but the last holds the same number of tokens, so the place of a
+window is arithmetic. The shards are mapped into memory with MADV_RANDOM and opened on use, the latest `MAX_OPEN_SHARDS`
+stay open.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from data_prep.files import canonical_json
+from data_prep.manifest import Manifest, Split
+from data_prep.shards import CONTINUES, DOC_FLAGS, DOC_START, ShardReader, verify_shard
+from pretrain.config.source import DataConfig, ShardsConfig
+from pretrain.data.batch import Batch
+from pretrain.errors import DataCorruption, UserError
+
+MAX_OPEN_SHARDS = 512
+"""Mapped shards a process keeps; opening one costs about 0.1 ms."""
+FULL_VERIFY_BYTES = 2_000_000_000
+"""`verify: auto` hashes everything before the first step up to this size."""
+IGNORE_LABEL = -100
+
+
+DOC_COLUMNS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """What the inner loop needs of a mapped shard: the whole tar as tokens and as document rows, and where to look."""
+
+    tokens: NDArray[Any]
+    docs: NDArray[np.int64]
+    rows: NDArray[np.int64]
+    """[blocks, 4]: first token, tokens, first number of the document table, documents; in items of the two views."""
+
+    @classmethod
+    def of(cls, reader: ShardReader, dtype: np.dtype[Any]) -> _Opened:
+        rows = np.stack([reader.rows["tokens_offset"] // dtype.itemsize, reader.rows["tokens"],
+                         reader.rows["docs_offset"] // 8, reader.rows["docs"]], axis=1).astype(np.int64)
+        # An npy payload in a tar begins at a multiple of 64 bytes, so that items line up in both views.
+        return cls(np.frombuffer(reader.data, dtype), np.frombuffer(reader.data, "<i8"), rows)
+
+
+class ShardSource:
+    """The windows of one split as samples. Safe to fork: nothing in it has a file position."""
+
+    def __init__(self, manifest: Manifest, split: str, *, seq_len: int, stride: int | None = None,
+                 document_masking: bool = True, verify: Literal["full", "touch", "off", "auto"] = "auto") -> None:
+        """Open a split of a loaded manifest; `stride` None means seq_len.
+
+        Raises:
+            UserError: no such split, or one shorter than a window.
+            DataCorruption: with full verification, the first shard whose hash is not the recorded one.
+        """
+        self.manifest = manifest
+        self.split: Split = manifest.split(split)
+        self.seq_len, self.stride, self.document_masking = seq_len, stride or seq_len, document_masking
+        self._first_token = self.split.table["first_token"].astype(np.int64)
+        self._dtype = np.dtype(manifest.dtype)
+        self._open: OrderedDict[int, _Opened] = OrderedDict()
+        if self.split.tokens <= seq_len:
+            raise UserError(f'{manifest.folder}: split "{split}" has {self.split.tokens} tokens, a window of '
+                            f"data.seq_len {seq_len} needs {seq_len + 1}; prepare more text or lower data.seq_len")
+        if verify == "auto":
+            verify = "full" if int(self.split.table["bytes"].sum()) <= FULL_VERIFY_BYTES else "touch"
+        # Anonymous shared memory: what one loader process has hashed, its siblings need not hash again.
+        self._trusted = np.frombuffer(mmap.mmap(-1, self.split.n_shards), np.bool_)
+        self._trusted[:] = verify == "off"
+        if verify == "full":
+            for shard in range(self.split.n_shards):
+                self._verify(shard)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For loader processes that are spawned: mapped files stay behind and are opened again."""
+        return {**self.__dict__, "_open": OrderedDict()}
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the dataset's fingerprint and the way it is cut into windows."""
+        return hashlib.sha256(canonical_json({
+            "kind": "shards", "dataset": self.manifest.fingerprint, "split": self.split.name, "seq_len": self.seq_len,
+            "stride": self.stride, "document_masking": self.document_masking})).hexdigest()
+
+    def __len__(self) -> int:
+        """Windows in the split."""
+        return (self.split.tokens - self.seq_len - 1) // self.stride + 1
+
+    def get(self, sample_ids: NDArray[np.int64]) -> Batch:
+        """Windows [B] as tensors [B, T].
+
+        input_ids int64; labels int64, the next token, -100 where it belongs to another document (with document
+        masking); document_ids int32, 0, 1, 2, ... within the window.
+
+        Raises:
+            IndexError: for an id outside of [0, len).
+            DataCorruption: for a shard found changed at its first use.
+        """
+        if sample_ids.size and (sample_ids.min() < 0 or sample_ids.max() >= len(self)):
+            raise IndexError(f"windows {sample_ids.min()} to {sample_ids.max()} asked of a source that has {len(self)}")
+        tokens = np.empty((len(sample_ids), self.seq_len + 1), self._dtype)
+        first = sample_ids * self.stride
+        shards = np.searchsorted(self._first_token, first, side="right") - 1
+        blocks, offsets = np.divmod(first - self._first_token[shards], self.split.block_tokens)
+        boundaries: list[NDArray[np.int64]] = []
+        places = zip(shards.tolist(), blocks.tolist(), offsets.tolist(), strict=True)
+        for row, (shard, block, offset) in enumerate(places):
+            self._read_window(shard, block, offset, row, tokens, boundaries)
+        labels = tokens[:, 1:].astype(np.int64)
+        document_ids = np.zeros((len(sample_ids), self.seq_len), np.int32)
+        if boundaries:
+            starts = np.zeros(tokens.shape, np.bool_)
+            starts.ravel()[np.concatenate(boundaries)] = True
+            rows = np.flatnonzero(starts.any(axis=1))
+            document_ids[rows] = np.cumsum(starts[rows, :-1], axis=1, dtype=np.int32)
+            if self.document_masking:
+                labels[starts[:, 1:]] = IGNORE_LABEL
+        return Batch(torch.from_numpy(sample_ids.astype(np.int64)), {
+            "input_ids": torch.from_numpy(tokens[:, :-1].astype(np.int64)),
+            "labels": torch.from_numpy(labels),
+            "document_ids": torch.from_numpy(document_ids)})
+
+    def _read_window(self, shard: int, block: int, offset: int, row: int, tokens: NDArray[Any],
+                     boundaries: list[NDArray[np.int64]]) -> None:
+        """Fill `tokens[row]` from a place on; append the flat positions where a further document begins.
+
+        This runs once a window and is kept free of everything that a batch can share.
+        """
+        length = tokens.shape[1]
+        filled = 0
+        while True:
+            opened = self._opened(shard)
+            tokens_at, block_tokens, docs_at, docs = opened.rows[block].tolist()
+            taken = min(length - filled, block_tokens - offset)
+            tokens[row, filled:filled + taken] = opened.tokens[tokens_at + offset:tokens_at + offset + taken]
+            starts = opened.docs[docs_at + DOC_START:docs_at + docs * DOC_COLUMNS:DOC_COLUMNS]
+            begin = starts.searchsorted(offset, "right")
+            if filled and not opened.docs[docs_at + DOC_FLAGS] & CONTINUES:
+                begin -= 1
+            end = starts.searchsorted(offset + taken - 1, "right")
+            if begin < end:
+                boundaries.append(starts[begin:end] + (row * length + filled - offset))
+            filled += taken
+            if filled == length:
+                return
+            offset, block = 0, block + 1
+            if block == len(opened.rows):
+                shard, block = shard + 1, 0
+
+    def _opened(self, shard: int) -> _Opened:
+        """The mapped shard; hashed first where it has not been yet."""
+        opened = self._open.get(shard)
+        if opened is None:
+            opened = self._open[shard] = _Opened.of(self._reader(shard), self._dtype)
+            if len(self._open) > MAX_OPEN_SHARDS:
+                self._open.popitem(last=False)
+        elif self.split.n_shards > MAX_OPEN_SHARDS:
+            self._open.move_to_end(shard)
+        return opened
+
+    def _reader(self, shard: int) -> ShardReader:
+        """A new reader of a shard whose content is verified as far as asked."""
+        if not self._trusted[shard]:
+            self._verify(shard)
+        return ShardReader(self.split.tar_path(shard))
+
+    def _verify(self, shard: int) -> None:
+        """Compare a shard with its recorded hash. Raises DataCorruption naming the file."""
+        problem = verify_shard(self.split.tar_path(shard), self.split.table[shard])
+        if problem:
+            raise DataCorruption(problem)
+        self._trusted[shard] = True
+
+    def provenance(self, sample_id: int) -> list[dict[str, Any]]:
+        """Where the documents of a window's first block come from, those that the window begins with first."""
+        first = sample_id * self.stride
+        shard = self.split.shard_of(first)
+        block, offset = divmod(first - int(self._first_token[shard]), self.split.block_tokens)
+        reader = self._reader(shard)
+        begin, end = np.searchsorted(reader.docs(block)[:, DOC_START], (offset, offset + self.seq_len), side="right")
+        return reader.provenance(block)[max(0, int(begin) - 1):int(end)]
+
+
+def open_shards(config: ShardsConfig, data: DataConfig) -> ShardSource:
+    """Open a dataset folder as windows of `data.seq_len`.
+
+    Sizes of all files and hashes of manifest, tables and tokenizer are checked at once, the content of the shards as
+    `config.verify` says.
+
+    Raises UserError where there is no dataset or split, DataCorruption naming the first file found wrong.
+    """
+    return ShardSource(Manifest.load(Path(config.path)), config.split, seq_len=data.seq_len, stride=data.stride,
+                       document_masking=data.document_masking, verify=config.verify)
