@@ -43,6 +43,11 @@ class CheckpointRef:
         return cls(path, int(match.group(1)), int(match.group(2))) if match else None
 
 
+def is_run_folder(root: Path) -> bool:
+    """Whether `root` is the folder of a run: one that has been started, or a copy of one."""
+    return (root / "config.yaml").is_file() or (root / "lease").is_dir()
+
+
 @dataclass(frozen=True, slots=True)
 class RunFolder:
     """The folder of one run. Every path of it is spelled here and nowhere else."""
@@ -70,7 +75,7 @@ class RunFolder:
         folder = cls(Path(root))
         if not folder.root.is_dir():
             raise UserError(f"{root}: there is no such folder")
-        if not (folder.config_file.is_file() or folder.lease_dir.is_dir()):
+        if not is_run_folder(folder.root):
             raise UserError(f"{root}: is no run folder: neither config.yaml nor lease/ is in it")
         return folder
 

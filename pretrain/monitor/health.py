@@ -1,0 +1,139 @@
+"""Rules that tell a healthy run from a sick one. Pure: numbers in, events out; nothing is logged or changed here."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pretrain.errors import Divergence
+
+
+class BadSteps:
+    """Counts updates that were skipped because their loss or gradient was not finite, and says when to give up."""
+
+    def __init__(self, max_in_a_row: int) -> None:
+        self.max_in_a_row = max_in_a_row
+        self.skipped: list[int] = []
+        """Numbers k of the global batches that were skipped."""
+        self.in_a_row = 0
+
+    def update(self, k: int, finite: bool, loss: float, grad_norm: float) -> None:
+        """Judge the update of global batch `k`, the same on every rank.
+
+        Raises Divergence once `max_in_a_row` updates in a row were not finite.
+        """
+        if finite:
+            self.in_a_row = 0
+            return
+        self.skipped.append(k)
+        self.in_a_row += 1
+        if self.in_a_row >= self.max_in_a_row:
+            first = self.skipped[-self.in_a_row]
+            raise Divergence(f"the last {self.in_a_row} updates were not finite (batches {first} to {k}; last loss "
+                             f"{loss:g}, gradient norm {grad_norm:g}): lower optim.lr, lengthen schedule.warmup, or "
+                             "look at these batches with `pretrain data at`")
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return {"skipped": list(self.skipped), "in_a_row": self.in_a_row}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict()`."""
+        self.skipped, self.in_a_row = list(state["skipped"]), int(state["in_a_row"])
+
+
+@dataclass(frozen=True, slots=True)
+class Alarm:
+    """Something that a person should look at."""
+
+    kind: Literal["loss_spike", "grad_spike", "grad_zero"]
+    step: int
+    value: float
+    median: float
+    deviations: float
+    """Distance from the running median, in standard deviations estimated from the median absolute deviation."""
+
+    def __str__(self) -> str:
+        if self.kind == "grad_zero":
+            return f"step {self.step}: the gradient norm is zero: nothing is being learned"
+        what = "loss" if self.kind == "loss_spike" else "gradient norm"
+        return (f"step {self.step}: {what} {self.value:.4g} is {self.deviations:.1f} deviations above its running "
+                f"median {self.median:.4g}")
+
+
+class SpikeDetector:
+    """Values far above their running median, measured by the median absolute deviation (MAD).
+
+    Both are robust: a spike hardly moves them, and a lasting change of level stops raising alarms once it fills half
+    of the window. 1.4826 * MAD estimates the standard deviation of normal noise.
+    """
+
+    def __init__(self, kind: Literal["loss_spike", "grad_spike"], window: int = 128, threshold: float = 8.0,
+                 warmup: int = 32, floor: float = 0.01) -> None:
+        """`threshold`: deviations; `warmup`: values before the first judgement; `floor`: least deviation, as a
+        fraction of the median, so that a nearly constant series does not make noise a spike.
+        """
+        self.kind = kind
+        self._values: deque[float] = deque(maxlen=window)
+        self._threshold = threshold
+        self._warmup = warmup
+        self._floor = floor
+
+    def update(self, step: int, value: float) -> Alarm | None:
+        """Judge `value` against those before it. Non-finite values are no business of this rule."""
+        if not math.isfinite(value):
+            return None
+        alarm = self._judge(step, value) if len(self._values) >= self._warmup else None
+        self._values.append(value)
+        return alarm
+
+    def _judge(self, step: int, value: float) -> Alarm | None:
+        median = statistics.median(self._values)
+        if value <= median:
+            return None
+        mad = statistics.median(abs(other - median) for other in self._values)
+        deviation = max(1.4826 * mad, self._floor * abs(median), 1e-12)
+        deviations = (value - median) / deviation
+        return Alarm(self.kind, step, value, median, deviations) if deviations > self._threshold else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return {"values": list(self._values)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict()`."""
+        self._values = deque(state["values"], maxlen=self._values.maxlen)
+
+
+class Health:
+    """All rules of a run together."""
+
+    def __init__(self, max_bad_steps: int) -> None:
+        self.bad_steps = BadSteps(max_bad_steps)
+        self._loss = SpikeDetector("loss_spike")
+        # Gradient norms have a long tail by nature: only what is far out is worth a line.
+        self._grad = SpikeDetector("grad_spike", threshold=20.0)
+
+    def update(self, step: int, k: int, finite: bool, loss: float, grad_norm: float) -> list[Alarm]:
+        """Judge one update. Raises Divergence after too many bad ones in a row."""
+        self.bad_steps.update(k, finite, loss, grad_norm)
+        if not finite:
+            return []
+        alarms = [self._loss.update(step, loss), self._grad.update(step, grad_norm)]
+        if grad_norm == 0.0:
+            alarms.append(Alarm("grad_zero", step, 0.0, 0.0, 0.0))
+        return [alarm for alarm in alarms if alarm is not None]
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return {"bad_steps": self.bad_steps.state_dict(), "loss": self._loss.state_dict(),
+                "grad": self._grad.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict()`."""
+        self.bad_steps.load_state_dict(state["bad_steps"])
+        self._loss.load_state_dict(state["loss"])
+        self._grad.load_state_dict(state["grad"])

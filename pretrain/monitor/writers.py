@@ -1,0 +1,162 @@
+"""Where metrics go: `metrics.jsonl` (the record), `metrics.csv` (a view of it), TensorBoard, Weights & Biases."""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pretrain.errors import UserError
+from pretrain.monitor.rows import Row, Value, encode, read_metrics
+from pretrain.monitor.wandb_run import WandbOptions, WandbRun
+from pretrain.runfolder.holder import Holder
+from pretrain.runfolder.layout import RunFolder
+from pretrain.runfolder.publish import write_text_atomic
+
+__all__ = ["MetricsWriter", "Row", "Value", "WandbOptions", "read_metrics"]
+log = logging.getLogger(__name__)
+
+
+class MetricsWriter:
+    """Writes rows of metrics to every place at once. One writer a run: rank 0, once its lease says where it goes on."""
+
+    def __init__(self, folder: RunFolder, csv_columns: Sequence[str], tensorboard: bool, wandb: WandbOptions | None,
+                 fence: int) -> None:
+        """Open the files to go on with them. `csv_columns` lead the table. Raises UserError where that fails."""
+        self._fence = fence
+        try:
+            self._jsonl = _JsonLines(folder.metrics_jsonl)
+            self._csv = _CsvView(folder, csv_columns)
+            self._tensorboard = _TensorBoard(folder, fence) if tensorboard else None
+        except OSError as error:
+            raise UserError(f"{folder.root}: metrics cannot be written ({error.strerror}: {error.filename})") from error
+        self._wandb = WandbRun(folder.root, wandb) if wandb is not None else None
+
+    def write(self, row: Mapping[str, Value]) -> None:
+        """Write one row; it has a `step`. It survives the death of the process from here on, though not of the machine.
+
+        A full disk costs rows and a warning, not the run.
+        """
+        self._jsonl.write(encode(row, self._fence))
+        self._csv.write(row)
+        if self._tensorboard is not None:
+            self._tensorboard.write(row)
+        if self._wandb is not None:
+            self._wandb.log(row)
+
+    def sync(self) -> None:
+        """Flush the record to the disk, so that it reaches as far as a checkpoint that is about to be published."""
+        self._jsonl.sync()
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._jsonl.close()
+        self._csv.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.close()
+
+
+class _JsonLines:
+    """Appends whole lines, each in one system call."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        size = os.fstat(self._file).st_size
+        self._torn = size > 0 and os.pread(self._file, 1, size - 1) != b"\n"
+
+    def write(self, line: bytes) -> None:
+        """Append `line`; what a killed writer left of one is ended first, so that it harms no other."""
+        data = b"\n" + line if self._torn else line
+        try:
+            self._torn = os.write(self._file, data) < len(data)
+        except OSError as error:
+            log.warning("%s: a row was not written (%s)", self._path, error.strerror)
+
+    def sync(self) -> None:
+        os.fsync(self._file)
+
+    def close(self) -> None:
+        os.close(self._file)
+
+
+class _CsvView:
+    """`metrics.csv`: the rows that count as a table, made anew from the record at each start.
+
+    The declared columns lead, the others follow in the order in which they first appeared. A row with a new column
+    rewrites the table with that column at the end, so that rows and header always agree; old rows have an empty cell.
+    """
+
+    def __init__(self, folder: RunFolder, leading: Sequence[str]) -> None:
+        self._folder = folder
+        self._columns = list(leading)
+        self._known: set[str] = set(leading)
+        self._file = self._rebuild()
+
+    def write(self, row: Mapping[str, Value]) -> None:
+        """Append `row`, which the record has already."""
+        try:
+            if not self._known.issuperset(row):
+                self._file.close()
+                self._file = self._rebuild()
+            else:
+                self._file.write(self._line(row))
+                self._file.flush()
+        except OSError as error:
+            log.warning("%s: a row was not written (%s)", self._folder.metrics_csv, error.strerror)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _rebuild(self) -> io.TextIOWrapper:
+        rows = read_metrics(self._folder)
+        for row in rows:
+            self._columns += [key for key in row if key not in self._known and key != "fence"]
+            self._known.update(row)
+        text = self._cells(self._columns) if self._columns else ""
+        write_text_atomic(self._folder.metrics_csv, text + "".join(map(self._line, rows)))
+        return open(self._folder.metrics_csv, "a", encoding="utf-8", newline="")
+
+    def _line(self, row: Mapping[str, Value]) -> str:
+        return self._cells(row.get(column) for column in self._columns)
+
+    @staticmethod
+    def _cells(values: Iterable[Value]) -> str:
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerow(["" if value is None else value for value in values])
+        return text.getvalue()
+
+
+class _TensorBoard:
+    """TensorBoard scalars by step, written by TensorBoard's own thread."""
+
+    def __init__(self, folder: RunFolder, fence: int) -> None:
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+        self._event, self._summary = event_pb2, summary_pb2
+        self._writer: Any = EventFileWriter(str(folder.tensorboard_dir), flush_secs=10)
+        holder = Holder.read(folder.lease_dir / str(fence))
+        if holder is not None and holder.resumed_from is not None:  # hides what earlier files say of later steps
+            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            self._add(holder.resumed_from["step"] + 1, session_log=start)
+
+    def write(self, row: Mapping[str, Value]) -> None:
+        step = row.get("step")
+        values = [self._summary.Summary.Value(tag=key, simple_value=float(value)) for key, value in row.items()
+                  if isinstance(value, (int, float)) and key != "step"]
+        if values and isinstance(step, int):
+            self._add(step, summary=self._summary.Summary(value=values))
+
+    def _add(self, step: int, *, summary: Any = None, session_log: Any = None) -> None:
+        self._writer.add_event(self._event.Event(wall_time=time.time(), step=step, summary=summary,
+                                                 session_log=session_log))
+
+    def close(self) -> None:
+        self._writer.close()
