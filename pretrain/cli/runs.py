@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from pretrain.cli.options import JsonOption
 from pretrain.errors import PretrainError, UserError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="List runs.")
@@ -22,7 +23,7 @@ def _group() -> None:
 
 @app.command("ls")
 def ls(directory: Annotated[Path, typer.Argument(help="folder of run folders, or one run folder")] = Path("runs"),
-       as_json: Annotated[bool, typer.Option("--json", help="one JSON list instead of a table")] = False) -> None:
+       as_json: JsonOption = False) -> None:
     """State, step, loss, speed, age and size of each run, the newest first."""
     if not directory.is_dir():
         raise UserError(f"{directory}: there is no such folder")
@@ -67,7 +68,8 @@ def _describe(path: Path) -> dict[str, Any]:
         metrics = last_row(folder, "loss")
         if metrics is not None:
             loss = metrics["loss"]
-            row |= {"loss": loss if isinstance(loss, float) and math.isfinite(loss) else None, "tokens_per_second": metrics.get("tokens_per_second")}
+            row["loss"] = loss if isinstance(loss, float) and math.isfinite(loss) else None
+            row["tokens_per_second"] = metrics.get("tokens_per_second")
             row["step"] = max(row["step"], int(metrics["step"] or 0))
     except PretrainError as error:
         row["state"] = f"unreadable: {error}"

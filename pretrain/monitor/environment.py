@@ -10,6 +10,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from pretrain.config import machine
+
 _PACKAGES = ("pretrain", "torch", "deepspeed", "transformers", "accelerate", "datasets", "webdataset", "tokenizers",
              "safetensors", "numpy", "pydantic", "triton", "flash-linear-attention")
 _SLURM = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT", "SLURM_STEP_ID",
@@ -42,27 +44,16 @@ def _versions() -> dict[str, str]:
 
 
 def _hardware() -> dict[str, Any]:
-    import psutil
     import torch
     devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return {
-        "cpu": _cpu_name(),
+        "cpu": machine.cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory_bytes": psutil.virtual_memory().total,
+        "cores": machine.cpu_count(),
+        "memory_bytes": machine.memory_bytes(),
         "cuda": torch.version.cuda,
         "devices": [{"name": device.name, "memory_bytes": device.total_memory} for device in devices],
     }
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor()
 
 
 def _source(package: Path) -> dict[str, Any]:

@@ -29,9 +29,10 @@ def setup_logging(level: str, log_file: Path | None, rank: int) -> Console:
     console = Console(stderr=True)
     threshold = level.upper() if rank == 0 else logging.WARNING
     root = logging.getLogger()
-    for handler in [handler for handler in root.handlers if (handler.get_name() or "").startswith(_OURS)]:
-        root.removeHandler(handler)
-        handler.close()
+    for old in list(root.handlers):  # ours, and the plain one that logging.basicConfig sets up
+        if (old.get_name() or "").startswith(_OURS) or type(old) is logging.StreamHandler:
+            root.removeHandler(old)
+            old.close()
     if log_file is not None:
         _add(root, "file", _open(log_file), threshold, rank)
     if rank == 0 or log_file is None:

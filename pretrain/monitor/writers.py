@@ -141,6 +141,7 @@ class _TensorBoard:
         from tensorboard.compat.proto import event_pb2, summary_pb2
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
         self._event, self._summary = event_pb2, summary_pb2
+        self._failed = False
         self._writer: Any = EventFileWriter(str(folder.tensorboard_dir), flush_secs=10)
         holder = Holder.read(folder.lease_dir / str(fence))
         if holder is not None and holder.resumed_from is not None:  # hides what earlier files say of later steps
@@ -151,12 +152,17 @@ class _TensorBoard:
         step = row.get("step")
         values = [self._summary.Summary.Value(tag=key, simple_value=float(value)) for key, value in row.items()
                   if isinstance(value, (int, float)) and key != "step"]
-        if values and isinstance(step, int):
-            self._add(step, summary=self._summary.Summary(value=values))
+        if values and isinstance(step, int) and not self._failed:
+            try:
+                self._add(step, summary=self._summary.Summary(value=values))
+            except Exception as error:  # its thread hands on whatever stopped it, a full disk for one
+                self._failed = True
+                log.warning("TensorBoard stopped (%s); the metrics stay in metrics.jsonl", error)
 
     def _add(self, step: int, *, summary: Any = None, session_log: Any = None) -> None:
         self._writer.add_event(self._event.Event(wall_time=time.time(), step=step, summary=summary,
                                                  session_log=session_log))
 
     def close(self) -> None:
-        self._writer.close()
+        if not self._failed:
+            self._writer.close()

@@ -51,7 +51,9 @@ def poll(folder: RunFolder) -> dict[str, str]:
             os.rename(folder.control_dir / name, mine)
             value = mine.read_text(encoding="utf-8", errors="replace").strip()
             mine.unlink()
-        except OSError as error:  # taken by another process, or a folder that someone put here
+        except FileNotFoundError:  # taken by another process
+            continue
+        except OSError as error:  # a folder that someone put here
             log.warning("%s: request not taken (%s)", folder.control_dir / name, error.strerror)
             continue
         if name in REQUESTS:
