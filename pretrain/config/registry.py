@@ -26,10 +26,12 @@ OBJECTIVES: dict[str, str] = {
 SOURCE_SCHEMAS: dict[str, str] = {
     "shards": "pretrain.config.source:ShardsConfig",
     "mixture": "pretrain.config.source:MixtureConfig",
+    "synthetic": "pretrain.config.source:SyntheticConfig",
 }
 SOURCES: dict[str, str] = {
     "shards": "pretrain.data.shards:open_shards",
     "mixture": "pretrain.data.mixture:open_mixture",
+    "synthetic": "pretrain.data.synthetic:open_synthetic",
 }
 
 

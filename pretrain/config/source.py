@@ -15,6 +15,14 @@ class SourceConfig(Section):
     kind: str = Field(description="which source; see pretrain/config/registry.py")
 
 
+def source_section(value: Any) -> Any:
+    """Validate a source section as the class that its `kind` names; `kind` left out means shards."""
+    from pretrain.config.registry import SOURCE_SCHEMAS, resolve
+    if not isinstance(value, dict):
+        return value
+    return resolve(SOURCE_SCHEMAS, str(value.get("kind", "shards")), "data.source.kind").model_validate(value)
+
+
 class ShardsConfig(SourceConfig):
     """Windows of a prepared dataset (a folder with manifest.json)."""
 
@@ -25,11 +33,26 @@ class ShardsConfig(SourceConfig):
         "auto", description="full: hash all shards before the first step; touch: each at first use; auto: full to 2 GB")
 
 
+class SyntheticConfig(SourceConfig):
+    """Samples without files, for tests, benchmarks and dry runs."""
+
+    kind: Literal["synthetic"] = "synthetic"
+    vocab_size: int = Field(1000, ge=2, description="ids are below this")
+    samples: int = Field(1024, ge=1, description="windows in an epoch")
+    pattern: Literal["random", "count"] = Field("random", description="count: the stream 0, 1, 2, ... mod vocab_size")
+    seed: int = Field(0, ge=0, description="seed of the random ids")
+
+
 class MixturePart(Section):
     """One source of a mixture."""
 
     weight: float = Field(gt=0, description="share of samples, relative to the other parts")
-    source: dict[str, Any] = Field(description="a source section")
+    source: SourceConfig = Field(description="samples of this part")
+
+    @field_validator("source", mode="before")
+    @classmethod
+    def _by_kind(cls, value: Any) -> Any:
+        return source_section(value)
 
 
 class MixtureConfig(SourceConfig):
@@ -64,7 +87,4 @@ class DataConfig(Section):
     @field_validator("source", "validation", mode="before")
     @classmethod
     def _by_kind(cls, value: Any) -> Any:
-        from pretrain.config.registry import SOURCE_SCHEMAS, resolve
-        if not isinstance(value, dict):
-            return value
-        return resolve(SOURCE_SCHEMAS, str(value.get("kind", "shards")), "data.source.kind").model_validate(value)
+        return source_section(value)

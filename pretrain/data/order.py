@@ -140,7 +140,7 @@ class GlobalOrder:
         if global_batch_size % order.lanes:
             raise ConfigError("data.order.lanes", f"{order.lanes} does not divide the global batch of "
                               f"{global_batch_size}")
-        self.global_batch_size = global_batch_size
+        self.global_batch_size, self.n_sources = global_batch_size, len(source_sizes)
         self._lanes = order.lanes
         self._sources = [SourceOrder(size, seed=seed, number=s, order=order) for s, size in enumerate(source_sizes)]
         self._table = quota_table(weights, period)

@@ -1,0 +1,112 @@
+"""From a config to sources and the order of a run."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from data_prep.files import canonical_json
+from data_prep.manifest import Manifest
+from pretrain.config.registry import SOURCES, resolve
+from pretrain.config.run import ResolvedBatch, RunConfig
+from pretrain.config.source import DataConfig, ShardsConfig, SourceConfig
+from pretrain.data.batch import Batch, SampleSource
+from pretrain.data.loader import read_rows
+from pretrain.data.mixture import MixtureSource
+from pretrain.data.order import GlobalOrder
+from pretrain.data.shards import IGNORE_LABEL
+
+VALIDATION_SPLIT = "val"
+PADDING_ID = -1
+"""`sample_ids` of rows that only fill up a batch of `eval_batches`."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingData:
+    """What a run trains on, in which order."""
+
+    source: SampleSource
+    order: GlobalOrder
+    fingerprint: str
+    """SHA-256 of everything that decides what batch k is. A run resumes only under the same one."""
+    epoch_samples: int | None
+    """Samples in an epoch; None for mixtures and sources without end."""
+
+    def samples(self, n: int) -> Batch:
+        """The first n samples of the run's order, [n, ...]; no cursor moves."""
+        size = self.order.global_batch_size
+        parts = [read_rows(self.source, self.order, at // size, 0, min(size, n - at)) for at in range(0, n, size)]
+        tensors = {name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors}
+        return Batch(torch.cat([part.sample_ids for part in parts]), tensors)
+
+
+def open_source(config: SourceConfig, data: DataConfig) -> SampleSource:
+    """The source that `config.kind` names. Raises what the source raises (UserError, DataCorruption)."""
+    source: SampleSource = resolve(SOURCES, config.kind, "data.source.kind")(config, data)
+    return source
+
+
+def open_training(config: RunConfig, batch: ResolvedBatch) -> TrainingData:
+    """Training source and global order of a run.
+
+    Raises ConfigError where order, mixture and batch do not fit, UserError and DataCorruption from the source.
+    """
+    source = open_source(config.data.source, config.data)
+    if isinstance(source, MixtureSource):
+        parts, weights, period = source.parts, source.weights, source.period
+    else:
+        parts, weights, period = [source], [1.0], 1
+    order = GlobalOrder([_size(part) for part in parts], global_batch_size=batch.global_batch_size, seed=config.seed,
+                        order=config.data.order, weights=weights, period=period)
+    fingerprint = hashlib.sha256(canonical_json({
+        "source": source.fingerprint, "order": config.data.order.model_dump(mode="json"), "seed": config.seed,
+        "global_batch_size": batch.global_batch_size})).hexdigest()
+    return TrainingData(source, order, fingerprint, order.epoch_samples)
+
+
+def _size(source: SampleSource) -> int | None:
+    try:
+        return len(source)
+    except TypeError:
+        return None
+
+
+def open_validation(config: RunConfig) -> SampleSource | None:
+    """The source of `data.validation`, else split `val` of the training dataset, else None.
+
+    Windows do not overlap, whatever `data.stride` says of training: each token is counted once.
+    """
+    data = config.data.model_copy(update={"stride": None})
+    if data.validation is not None:
+        return open_source(data.validation, data)
+    training = data.source
+    if isinstance(training, ShardsConfig) and VALIDATION_SPLIT in Manifest.load(training.path).splits:
+        return open_source(training.model_copy(update={"split": VALIDATION_SPLIT}), data)
+    return None
+
+
+def eval_batches(source: SampleSource, *, rank: int, world: int, batch_size: int,
+                 max_samples: int | None = None) -> Iterator[Batch]:
+    """Batches [batch_size] of this rank that together, over all ranks, hold every chosen sample exactly once.
+
+    All ranks get the same number of batches. Rows that only fill up have `sample_ids` -1 and, where there are `labels`,
+    labels of -100. With `max_samples` below the source's length the samples are spread evenly over it.
+    """
+    length = len(source)
+    n = min(length, max_samples or length)
+    stride = world * batch_size
+    for base in range(0, n, stride):
+        index = base + rank * batch_size + np.arange(batch_size, dtype=np.int64)
+        padding = index >= n
+        ids = np.minimum(index, n - 1) * length // n
+        batch = source.get(ids)
+        if padding.any():
+            rows = torch.from_numpy(padding)
+            batch.sample_ids[rows] = PADDING_ID
+            if "labels" in batch.tensors:
+                batch.tensors["labels"][rows] = IGNORE_LABEL
+        yield batch
