@@ -29,7 +29,7 @@ class Series:
     x: Sequence[float]
     y: Sequence[float]
     colour: int
-    """Which of the page's series colours, 0 to 5."""
+    """Which of the page's series colours, 0 to 6."""
     style: Literal["line", "faint", "points"] = "line"
 
 
@@ -142,7 +142,8 @@ def line_chart(chart: LineChart) -> str:
             x, y = x[y > 0], y[y > 0]
         if x.size:
             drawn.append((s, x, y))
-    title = f"<figcaption>{escape(chart.title)}</figcaption>"
+    unit = f" <small>{escape(chart.y_label)}</small>" if chart.y_label else ""
+    title = f"<figcaption>{escape(chart.title)}{unit}</figcaption>"
     if not drawn:
         return f'<figure class="chart">{title}<p class="empty">Nothing was recorded.</p></figure>'
     frame = _frame(chart, drawn)
@@ -150,7 +151,8 @@ def line_chart(chart: LineChart) -> str:
     body += [_rules(frame, chart.rules)] if chart.rules else []
     body += [_mark(frame, s, x, y) for s, x, y in drawn]
     keys = [(s.label, s.colour, s.style) for s, _, _ in drawn if s.style != "faint"]
-    legend = "".join(f'<span class="key s{c} {style}">{escape(label)}</span>' for label, c, style in keys)
+    legend = "".join(f'<span class="key s{c} {style}">{escape(label)}</span>' for label, c, style in keys
+                     if len(keys) > 1)
     data = {"x": chart.x_label, "box": [_LEFT, chart.width - _RIGHT, _TOP, HEIGHT - _BOTTOM],
             "range": [frame.x0, frame.x1],
             "series": [{"label": s.label, "c": s.colour, "x": [_rounded(v) for v in x], "y": [_rounded(v) for v in y],
@@ -190,8 +192,7 @@ def _axes(frame: _Frame, chart: LineChart) -> str:
         parts.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{bottom}" y2="{bottom + 4}"/>'
                      + _tick(x, bottom + 17, "middle", tick))
     parts.append(f'<line class="axis" x1="{_LEFT}" x2="{right}" y1="{bottom}" y2="{bottom}"/>'
-                 f'<text class="label" x="{right}" y="{HEIGHT - 4}" text-anchor="end">{escape(chart.x_label)}</text>'
-                 f'<text class="label" x="{_LEFT - 44}" y="{HEIGHT - 4}">{escape(chart.y_label)}</text>')
+                 f'<text class="label" x="{right}" y="{HEIGHT - 4}" text-anchor="end">{escape(chart.x_label)}</text>')
     return "".join(parts)
 
 
@@ -200,16 +201,15 @@ def _tick(x: float, y: float, anchor: str, value: float) -> str:
 
 
 def _rules(frame: _Frame, rules: Sequence[Rule]) -> str:
-    """Dashed lines; labels are pushed apart so that none covers another."""
+    """Dashed lines. Labels stand at the left, where a falling curve leaves room; one too near the last goes below."""
     parts: list[str] = []
     floor = -math.inf
     for rule in sorted(rules, key=lambda r: -r.y):
         y = frame.py(rule.y)
-        text_y = max(y - 4, floor + 12)
+        text_y = y - 4 if y - 4 >= floor + 13 else max(y + 13, floor + 13)
         floor = text_y
         parts.append(f'<line class="rule" x1="{_LEFT}" x2="{frame.width - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-                     f'<text class="rule" x="{frame.width - _RIGHT}" y="{text_y:.1f}" text-anchor="end">'
-                     f"{escape(rule.label)} {rule.y:.3f}</text>")
+                     f'<text class="rule" x="{_LEFT + 8}" y="{text_y:.1f}">{escape(rule.label)} {rule.y:.3f}</text>')
     return "".join(parts)
 
 
@@ -222,17 +222,17 @@ def _mark(frame: _Frame, series: Series, x: np.ndarray, y: np.ndarray) -> str:
     return line
 
 
-def stacked_bar(shares: dict[str, float]) -> str:
-    """One bar of parts that sum to 1, with a key that names each part and its percentage."""
-    total = sum(shares.values())
+def stacked_bar(parts: Sequence[tuple[str, float, int]]) -> str:
+    """One bar of (name, amount, colour), with a key that names each part and its percentage."""
+    total = sum(amount for _, amount, _ in parts)
     if total <= 0:
         return '<p class="empty">Nothing was recorded.</p>'
     bars, keys, start = [], [], 0.0
-    for i, (name, share) in enumerate(shares.items()):
-        wide = share / total
-        bars.append(f'<rect class="s{i}" x="{start * 1000:.2f}" y="0" width="{max(0.0, wide * 1000 - 1.5):.2f}" '
+    for name, amount, colour in parts:
+        wide = amount / total
+        bars.append(f'<rect class="s{colour}" x="{start * 1000:.2f}" y="0" width="{max(0.0, wide * 1000 - 1.5):.2f}" '
                     f'height="34"><title>{escape(name)} {wide:.1%}</title></rect>')
-        keys.append(f'<span class="key bar s{i}">{escape(name)} <b>{wide:.1%}</b></span>')
+        keys.append(f'<span class="key bar s{colour}">{escape(name)} <b>{wide:.1%}</b></span>')
         start += wide
     return (f'<svg class="bar" viewBox="0 0 1000 34" preserveAspectRatio="none" role="img" '
             f'aria-label="time shares">{"".join(bars)}</svg><div class="legend">{"".join(keys)}</div>')
@@ -256,8 +256,8 @@ def dot_plot(dots: Sequence[Dot], x_label: str) -> str:
     ends = [e for d in rows for e in (d.value, *(d.ci or ()))]
     pad = (max(ends) - min(ends)) * 0.08 or 0.1
     low, high = min(ends) - pad, max(ends) + pad
-    left, right, row_height = 190, WIDTH - 66, 27
-    height = len(rows) * row_height + 40
+    width, left, row_height = 460, 158, 40
+    right, height = width - 54, len(rows) * row_height + 40
 
     def px(value: float) -> float:
         return left + (value - low) / (high - low) * (right - left)
@@ -275,4 +275,4 @@ def dot_plot(dots: Sequence[Dot], x_label: str) -> str:
                      f'<circle class="dot {kind}" r="5" cx="{px(dot.value):.1f}" cy="{y}"/>'
                      f'<text class="value {kind}" x="{right + 12}" y="{y + 4}">{dot.value:.3f}</text>')
     parts.append(f'<text class="label" x="{right}" y="{height - 3}" text-anchor="end">{escape(x_label)}</text>')
-    return f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(x_label)}">{"".join(parts)}</svg>'
+    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(x_label)}">{"".join(parts)}</svg>'

@@ -37,7 +37,7 @@ class NGramRecord(Section):
     train_tokens: int = Field(description="labelled tokens it was trained on")
     loss: float = Field(description="nats a token")
     perplexity: float
-    bits_per_byte: float
+    bits_per_byte: float | None = Field(None, description="null: the bytes of the tokens are not known")
     n: int = Field(description="labelled tokens it was evaluated on")
 
     @property
