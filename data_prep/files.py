@@ -19,33 +19,20 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f".tmp-{path.name}")
 
 
-def publish(file: IO[bytes], temporary: Path, path: Path) -> None:
-    """Flush `file`, which was written as `temporary`, to the disk, close it and rename it to `path`."""
+def publish(file: IO[bytes], path: Path) -> None:
+    """Flush `file`, which is open under the temporary name of `path`, to the disk, close it and give it its name.
+
+    The name itself survives a power cut once the folder is flushed too, which the caller does once for many files.
+    """
     file.flush()
     os.fsync(file.fileno())
     file.close()
-    os.replace(temporary, path)
+    os.replace(temporary_name(path), path)
 
 
 def write_atomic(path: Path, content: bytes) -> str:
     """Write `content` to `path` through a temporary name and return its SHA-256 in hex."""
-    temporary = temporary_name(path)
-    publish_to = temporary.open("wb")
-    publish_to.write(content)
-    publish(publish_to, temporary, path)
+    with temporary_name(path).open("wb") as file:
+        file.write(content)
+        publish(file, path)
     return hashlib.sha256(content).hexdigest()
-
-
-def fsync_folder(folder: Path) -> None:
-    """Make the names in `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sha256_file(path: Path) -> str:
-    """SHA-256 of a file in hex, read in large pieces without the interpreter lock."""
-    with path.open("rb", buffering=0) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

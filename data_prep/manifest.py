@@ -19,11 +19,12 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field, PrivateAttr, ValidationError
 
-from data_prep.files import canonical_json, fsync_folder, sha256_file, write_atomic
+from data_prep.files import canonical_json, write_atomic
 from data_prep.index import index_bytes, index_path
 from pretrain.config.model import Section
 from pretrain.config.suggest import nearest
 from pretrain.errors import DataCorruption, UserError
+from pretrain.runfolder.publish import fsync, hash_file
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -207,7 +208,7 @@ class Manifest(Section):
 
 def _hash_problem(path: Path, expected: str, likely: str) -> list[str]:
     try:
-        actual = sha256_file(path)
+        actual = hash_file(path)
     except OSError as error:
         return [f"{path}: missing or unreadable ({error.strerror})"]
     if actual == expected:
@@ -219,5 +220,5 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
     """Write manifest.json, atomically and after everything else is on the disk: it makes `folder` a dataset."""
     stated = json.dumps(manifest.model_dump(mode="json"), indent=1, sort_keys=True, ensure_ascii=False)
     write_atomic(folder / MANIFEST, stated.encode() + b"\n")
-    fsync_folder(folder)
+    fsync(folder)
     return Manifest.load(folder)

@@ -25,10 +25,11 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from data_prep.files import canonical_json, fsync_folder, publish, sha256_file, temporary_name
+from data_prep.files import canonical_json, publish, temporary_name
 from data_prep.index import INDEX_HEADER, INDEX_MAGIC, INDEX_ROW, index_path, read_index
 from data_prep.manifest import SHARD_TABLE, SplitRecord, shard_name, write_table
 from pretrain.errors import DataCorruption
+from pretrain.runfolder.publish import fsync, hash_file
 
 DOC_START, DOC_BYTES, DOC_SOURCE, DOC_HASH, DOC_FLAGS = range(5)
 """Columns of `docs.npy`."""
@@ -125,7 +126,7 @@ class ShardWriter:
             row["first_token"], row["tokens"], row["bytes"], row["name_id"] = first, tokens, size, name_id
             row["sha256"] = np.frombuffer(digest, "u1")
         file_name, table_sha256 = write_table(self.folder, self.split, table)
-        fsync_folder(self.folder)
+        fsync(self.folder)
         self.record = SplitRecord(tokens=self._tokens, docs=self._docs, bytes=self._bytes, table=file_name,
                                   table_sha256=table_sha256)
         return self.record
@@ -192,8 +193,8 @@ class _OpenShard:
         index = index_path(self.path)
         with temporary_name(index).open("wb") as file:
             file.write(header.tobytes() + rows.tobytes())
-            publish(file, temporary_name(index), index)
-        publish(self._file, temporary_name(self.path), self.path)
+            publish(file, index)
+        publish(self._file, self.path)
         return self._offset, digest, self.tokens
 
     def abandon(self) -> None:
@@ -272,7 +273,7 @@ def verify_shard(path: Path, row: np.void) -> str | None:
         size = path.stat().st_size
         if size != int(row["bytes"]):
             return f"{path}: {size} bytes, the table says {int(row['bytes'])} (truncated or replaced)"
-        digest = sha256_file(path)
+        digest = hash_file(path)
     except OSError as error:
         return f"{path}: shard cannot be read ({error.strerror})"
     expected = row["sha256"].tobytes()

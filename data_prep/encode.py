@@ -1,0 +1,92 @@
+"""Tokenizing in worker processes, in order and with a bounded number of documents under way."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer
+
+from data_prep.select import Kept
+from data_prep.tokenizer import encode, load_tokenizer
+
+CHUNK_BYTES = 1 << 20
+"""Text sent to a worker at once: large against the cost of a message, small against memory."""
+CHUNKS_A_WORKER = 3
+"""Chunks under way for each worker, so that none waits while results are written."""
+Encoded = tuple[npt.NDArray[Any], npt.NDArray[np.int64]]
+
+_tokenizer: tuple[Tokenizer, int]
+"""Of a worker process, set once when it starts: a pool offers no other place."""
+
+
+def _start_worker(path: Path, eos: int) -> None:
+    global _tokenizer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends us in order
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process, one core
+    _tokenizer = load_tokenizer(path), eos
+    threading.Thread(target=_follow_parent, daemon=True).start()
+
+
+def _follow_parent() -> None:
+    """Leave when the parent is gone: a killed parent closes no queue, and its workers would wait for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+
+def _encode_chunk(texts: list[bytes]) -> Encoded:
+    tokenizer, eos = _tokenizer
+    return encode(tokenizer, [text.decode() for text in texts], eos)
+
+
+def encode_documents(kept: Iterable[Kept], tokenizer_path: Path, eos: int,
+                     workers: int) -> Generator[tuple[Kept, npt.NDArray[Any]]]:
+    """(document, its ids with `eos` at the end) in the order of `kept`, whatever the number of workers.
+
+    Memory: at most workers * CHUNKS_A_WORKER chunks and the largest documents under way.
+    """
+    spawn = multiprocessing.get_context("spawn")  # a fork would copy the caller's threads in whatever state they are
+    under_way: deque[tuple[list[Kept], Future[Encoded]]] = deque()
+    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start_worker,
+                             initargs=(tokenizer_path, eos)) as pool:
+        try:
+            for chunk in _chunks(kept):
+                under_way.append((chunk, pool.submit(_encode_chunk, [item.document.text for item in chunk])))
+                if len(under_way) > workers * CHUNKS_A_WORKER:
+                    yield from _unpack(*under_way.popleft())
+            while under_way:
+                yield from _unpack(*under_way.popleft())
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _chunks(kept: Iterable[Kept]) -> Iterator[list[Kept]]:
+    chunk: list[Kept] = []
+    size = 0
+    for item in kept:
+        chunk.append(item)
+        size += len(item.document.text)
+        if size >= CHUNK_BYTES:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def _unpack(chunk: list[Kept], future: Future[Encoded]) -> Iterator[tuple[Kept, npt.NDArray[Any]]]:
+    tokens, lengths = future.result()
+    ends = np.cumsum(lengths)
+    for item, start, end in zip(chunk, ends - lengths, ends, strict=True):
+        yield item, tokens[start:end]

@@ -1,0 +1,109 @@
+"""`pretrain data`: look into prepared data."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pretrain.cli.options import JsonOption
+
+if TYPE_CHECKING:
+    from data_prep.stats import SplitStats
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, help="Look into prepared data.")
+
+DatasetArgument = Annotated[Path, typer.Argument(metavar="DIR", help="Dataset folder written by `pretrain prep`.")]
+
+
+@app.command()
+def stats(folder: DatasetArgument, as_json: JsonOption = False) -> None:
+    """Tokens, documents, bytes a token and lengths of documents, by split."""
+    from data_prep.manifest import Manifest
+    from data_prep.stats import split_stats
+    manifest = Manifest.load(folder)
+    found = [split_stats(manifest, name) for name in manifest.splits]
+    if as_json:
+        rows = {s.name: {"documents": s.documents, "tokens": s.tokens, "bytes": s.bytes, "shards": s.shards,
+                         "bytes_per_token": s.bytes_per_token, "mean_tokens": s.mean_tokens, "longest": s.longest,
+                         "histogram": s.histogram.tolist(), "by_source": s.by_source} for s in found}
+        typer.echo(json.dumps({"fingerprint": manifest.fingerprint, "vocab_size": manifest.vocab_size, "splits": rows}))
+        return
+    typer.echo(f"{folder}: fingerprint {manifest.fingerprint[:16]}, {manifest.vocab_size:,} token ids, "
+               f"blocks of {manifest.block_tokens:,} tokens")
+    for split in found:
+        _print_split(split)
+
+
+def _print_split(stats: SplitStats) -> None:
+    typer.echo(f"\n{stats.name}: {stats.documents:,} documents, {stats.tokens:,} tokens, "
+               f"{stats.bytes:,} bytes of text, {stats.shards:,} shards")
+    if not stats.tokens:
+        return
+    typer.echo(f"  {stats.bytes_per_token:.3f} bytes a token; {stats.mean_tokens:,.1f} tokens a document, "
+               f"longest {stats.longest:,}")
+    for source, (documents, size) in stats.by_source.items():
+        typer.echo(f"  source {source}: {documents:,} documents, {size:,} bytes")
+    typer.echo("  tokens a document:")
+    counts = stats.histogram.tolist()
+    filled = [i for i, count in enumerate(counts) if count]
+    for i in range(filled[0], filled[-1] + 1):
+        bar = "#" * round(40 * counts[i] / max(counts))
+        typer.echo(f"  {2**i:>11,} - {2**(i + 1) - 1:<11,} {counts[i]:>10,} {bar}".rstrip())
+
+
+@app.command()
+def verify(
+    folder: DatasetArgument,
+    sample: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the shards to hash; 1: all.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Which shards a sample draws.")] = 0,
+) -> None:
+    """Check every file against the manifest and name each fault; exit code 3 where there is one."""
+    from data_prep.verify import verify_dataset
+    from pretrain.errors import DataCorruption
+    started = time.perf_counter()
+    report = verify_dataset(folder, sample, seed)
+    seconds = time.perf_counter() - started
+    for fault in report.faults:
+        typer.echo(fault)
+    if report.faults:
+        raise DataCorruption(f"{folder}: {len(report.faults)} fault{'s' if len(report.faults) > 1 else ''} found")
+    typer.echo(f"{folder}: sound; {report.shards:,} shards hashed, {report.bytes / 1e6:,.1f} MB in {seconds:.2f} s "
+               f"({report.bytes / 1e6 / seconds:,.0f} MB/s)")
+
+
+@app.command()
+def peek(
+    folder: DatasetArgument,
+    split: Annotated[str, typer.Option(help="Split of the dataset.")] = "train",
+    n: Annotated[int, typer.Option("--n", min=1, help="Documents to show.")] = 3,
+    offset: Annotated[int, typer.Option(min=0, help="Number of the first document.")] = 0,
+    chars: Annotated[int, typer.Option(min=0, help="Characters shown of each document; 0: all.")] = 400,
+) -> None:
+    """Show documents as the model will see them, decoded, with source and provenance."""
+    from itertools import islice
+
+    from data_prep.manifest import TOKENIZER, Manifest
+    from data_prep.stats import stored_documents
+    from data_prep.tokenizer import load_tokenizer
+    from pretrain.errors import UserError
+    manifest = Manifest.load(folder)
+    opened = manifest.split(split)
+    if offset >= opened.docs:
+        raise UserError(f"--offset {offset}: split {split} of {folder} has {opened.docs:,} documents, counted from 0")
+    tokenizer = load_tokenizer(folder / TOKENIZER) if manifest.tokenizer_sha256 else None
+    for document in islice(stored_documents(opened, offset), n):
+        typer.echo(f"--- {split} {document.position}: {len(document.tokens):,} tokens, {document.utf8_bytes:,} bytes, "
+                   f"{json.dumps(document.provenance, ensure_ascii=False)}")
+        ids = document.tokens.tolist()
+        text = tokenizer.decode(ids, skip_special_tokens=False) if tokenizer else " ".join(map(str, ids))
+        shown = text[:chars] if chars else text
+        typer.echo(_printable(shown) + (f" [... {len(text) - len(shown):,} more]" if len(shown) < len(text) else ""))
+
+
+def _printable(text: str) -> str:
+    """The text with control characters spelled out: data must not steer the terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
