@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+LOSS_CHUNK_BYTES = 256 * 2**20
+"""Logits that a language model's loss keeps alive at once; longer batches go through in chunks of this size."""
 
 
 class Section(BaseModel):
@@ -25,10 +28,14 @@ class ModelConfig(Section):
     """Base of a family's schema. A schema imports no torch; its counts are held to the built model by tests."""
 
     model_config = ConfigDict(protected_namespaces=())
-    kind: ClassVar[Literal["causal_lm", "encoder"]]
 
     family: str = Field(description="which family builds this model; see pretrain/config/registry.py")
     tokenizer: str | None = Field(None, description="folder or hub id of the tokenizer; null: the one of the data")
+
+    @property
+    @abstractmethod
+    def kind(self) -> Literal["causal_lm", "encoder"]:
+        """What the model's forward returns: sums over tokens, or a vector a text."""
 
     @property
     @abstractmethod
@@ -50,7 +57,16 @@ class ModelConfig(Section):
 
     @abstractmethod
     def activation_bytes_per_token(self, seq_len: int, *, element_bytes: int, checkpointing: bool) -> float:
-        """Bytes of activations kept for the backward pass for one token of one sample (estimates only)."""
+        """Bytes of activations kept for the backward pass for one token of one sample (estimates only).
+
+        Logits are left out: see `loss_bytes`.
+        """
+
+    def loss_bytes(self, tokens: int, *, element_bytes: int) -> int:
+        """Peak bytes of logits and their gradient for a micro-batch of `tokens`; an encoder has none."""
+        if self.kind == "encoder":
+            return 0
+        return 2 * min(tokens * self.vocab_size * element_bytes, LOSS_CHUNK_BYTES)
 
     @abstractmethod
     def tiny(self) -> ModelConfig:

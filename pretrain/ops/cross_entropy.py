@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pretrain.config.model import LOSS_CHUNK_BYTES
+
 IGNORE_INDEX = -100
-CHUNK_BYTES = 256 * 2**20
-"""Default size of the logits of one chunk."""
 _CPU_BLOCK = 2**19
 _ACCELERATOR_BLOCK = 2**26
 """Elements of fp32 temporaries: a part of the cache on CPU, enough to fill the device elsewhere."""
@@ -64,11 +64,11 @@ def chunked_cross_entropy(hidden: Tensor, labels: Tensor, head: Callable[[Tensor
 
 
 def _default_chunk(head: Callable[[Tensor], Tensor], hidden: Tensor) -> int:
-    """Tokens whose logits fill CHUNK_BYTES. All tokens where the head does not say how wide it is."""
+    """Tokens whose logits fill LOSS_CHUNK_BYTES. All tokens where the head does not say how wide it is."""
     vocab_size = getattr(head, "out_features", None)
     if vocab_size is None:
         return max(hidden.shape[0], 1)
-    return max(1, CHUNK_BYTES // (int(vocab_size) * hidden.element_size()))
+    return max(1, LOSS_CHUNK_BYTES // (int(vocab_size) * hidden.element_size()))
 
 
 class _Recompute:

@@ -106,7 +106,7 @@ def test_several_chunks_keep_no_logits_for_the_backward_pass():
 
 
 def test_the_default_chunk_bounds_the_bytes_of_logits(monkeypatch):
-    monkeypatch.setattr(module, "CHUNK_BYTES", 20 * 100 * 2)
+    monkeypatch.setattr(module, "LOSS_CHUNK_BYTES", 20 * 100 * 2)
     head = CountingHead(8, 100, bias=False).to(torch.bfloat16)
     chunked_cross_entropy(torch.randn(50, 8, dtype=torch.bfloat16), torch.zeros(50, dtype=torch.long), head)
     assert head.widest == 20
