@@ -3,10 +3,11 @@
 `permute(x, n, key)` is one permutation of [0, n) for each key. It costs the same at every position, needs no memory
 and answers thousands of positions in one call, so that any point of any epoch is reached at once.
 
-The construction is a Feistel network on the digits of x in mixed radix a x b, a = ceil(sqrt(n)), b = ceil(n / a):
-each round adds a keyed hash of one digit to the other, modulo that digit's radix. As a * b exceeds n by less than a,
-results outside [0, n) are rare (one in sqrt(n)); they are sent through the network again until they fall inside
-(cycle walking), which keeps the map a bijection. See Black and Rogaway, "Ciphers with Arbitrary Finite Domains" (2002).
+The construction is a Feistel network on the digits of x in mixed radix a x b, a even and about sqrt(n), b = ceil(n / a)
+(were both odd, only even permutations would come out). Each round adds a keyed hash of one digit to the other, modulo
+that digit's radix. As a * b exceeds n by less than a, results outside [0, n) are rare (one in sqrt(n)); they are sent
+through the network again until they fall inside (cycle walking), which keeps the map a bijection. See Black and
+Rogaway, "Ciphers with Arbitrary Finite Domains" (2002).
 It is a good shuffle, not a cipher.
 """
 
@@ -21,6 +22,8 @@ from numpy.typing import NDArray
 U64Array = NDArray[np.uint64]
 
 ROUNDS = 8
+SMALL, ROUNDS_SMALL = 1 << 12, 16
+"""Small domains have few digits to mix and take more rounds until all permutations are equally likely."""
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
 _SHIFT = np.uint64(32)
@@ -48,7 +51,8 @@ def as_keys(key: int) -> U64Array:
 
 def permute(x: U64Array, n: int, keys: U64Array) -> U64Array:
     """Images of `x` [N] in [0, n) under the permutation of each element's key ([1] or [N]). Returns uint64 [N]."""
-    a = math.isqrt(n - 1) + 1 if n > 1 else 1
+    a = math.isqrt(n - 1) + 1 if n > 1 else 2
+    a += a % 2
     b = -(-n // a)
     y = _network(x, a, b, keys)
     outside = np.flatnonzero(y >= np.uint64(n))
@@ -71,7 +75,7 @@ def _network(x: U64Array, a: int, b: int, keys: U64Array) -> U64Array:
     high = x // radix_low
     low = x - high * radix_low
     hashed = np.empty_like(high)
-    for number in range(ROUNDS):
+    for number in range(ROUNDS_SMALL if a * b < SMALL else ROUNDS):
         round_key = _splitmix(keys + np.uint64((number + 1) * _GOLDEN & _MASK))
         target, other, radix = (high, low, radix_high) if number % 2 == 0 else (low, high, radix_low)
         _hash_below(other, round_key, radix, hashed)

@@ -37,7 +37,7 @@ from pretrain.errors import ConfigError
 
 I64Array = NDArray[np.int64]
 
-CACHE_POSITIONS = 8192
+CACHE_POSITIONS = 16_384
 """Positions computed at once; numpy's cost a call is spread over them."""
 
 

@@ -183,13 +183,23 @@ class ShardSource:
         self._trusted[shard] = True
 
     def provenance(self, sample_id: int) -> list[dict[str, Any]]:
-        """Where the documents of a window's first block come from, those that the window begins with first."""
-        first = sample_id * self.stride
-        shard = self.split.shard_of(first)
-        block, offset = divmod(first - int(self._first_token[shard]), self.split.block_tokens)
-        reader = self._reader(shard)
-        begin, end = np.searchsorted(reader.docs(block)[:, DOC_START], (offset, offset + self.seq_len), side="right")
-        return reader.provenance(block)[max(0, int(begin) - 1):int(end)]
+        """Where each document that a window holds tokens of came from, in the order of the window."""
+        found: list[dict[str, Any]] = []
+        position = sample_id * self.stride
+        end = position + self.seq_len
+        while position < end:
+            shard = self.split.shard_of(position)
+            block, offset = divmod(position - int(self._first_token[shard]), self.split.block_tokens)
+            reader = self._reader(shard)
+            docs = reader.docs(block)
+            taken = min(end - position, len(reader.tokens(block)) - offset)
+            begin, stop = np.searchsorted(docs[:, DOC_START], (offset, offset + taken - 1), side="right").tolist()
+            begin -= 1  # the document that holds the token at offset
+            if found and docs[begin, DOC_FLAGS] & CONTINUES:
+                begin += 1
+            found += reader.provenance(block)[begin:stop]
+            position += taken
+        return found
 
 
 def open_shards(config: ShardsConfig, data: DataConfig) -> ShardSource:
