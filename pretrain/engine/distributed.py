@@ -88,48 +88,62 @@ class World:
 
     def on_main(self, action: Callable[[], T]) -> T:
         """Run `action` on rank 0 and give its result to all; its error is raised on every rank. Collective."""
-        outcome: tuple[bool, Any] = (True, None)
+        value: T | None = None
+        failure: Exception | None = None
         if self.is_main:
             try:
-                outcome = (True, action())
-            except PretrainError as error:
-                outcome = (False, error)
+                value = action()
             except Exception as error:
-                if self.size == 1:
-                    raise
-                _log.exception("rank 0 failed")
-                outcome = (False, RuntimeError(f"rank 0 failed: {error}"))
-        succeeded, value = self.broadcast(outcome)
-        if not succeeded:
-            raise value
-        result: T = value
-        return result
+                failure = error
+        if self.size == 1:
+            if failure is not None:
+                raise failure
+            return value  # type: ignore[return-value]
+        told, value = self.broadcast((_told(failure, self.rank), value if failure is None else None))
+        if told is not None:
+            raise _retold(told) from failure
+        return value  # type: ignore[return-value]
 
     def all_or_none(self, action: Callable[[], T]) -> T:
-        """Run `action` on every rank; if any rank fails, every rank raises the first failing rank's error. Collective."""
+        """Run `action` on every rank; if any rank fails, every rank raises the first failing one's error. Collective."""
         value: T | None = None
-        mine: Exception | None = None
+        failure: Exception | None = None
         try:
             value = action()
         except Exception as error:
-            mine = error
+            failure = error
         if self.size == 1:
-            if mine is not None:
-                raise mine
-        else:
-            bad = [(r, e) for r, e in enumerate(self.gather_objects(_portable(mine))) if e is not None]
-            if mine is not None and not isinstance(mine, PretrainError):
-                _log.error("rank %d failed", self.rank, exc_info=mine)
-            if bad:
-                rank, error = bad[0]
-                raise error if isinstance(error, PretrainError) else RuntimeError(f"rank {rank} failed: {error}")
+            if failure is not None:
+                raise failure
+            return value  # type: ignore[return-value]
+        for told in self.gather_objects(_told(failure, self.rank)):
+            if told is not None:
+                raise _retold(told) from failure
         return value  # type: ignore[return-value]
 
 
-def _portable(error: Exception | None) -> Exception | None:
-    if error is None or isinstance(error, PretrainError):
-        return error
-    return RuntimeError(f"{type(error).__name__}: {error}")
+Told = tuple[int | None, str]
+"""An error on its way between ranks: exit code (None for one without a meaning) and its line."""
+
+
+def _told(error: Exception | None, rank: int) -> Told | None:
+    if error is None:
+        return None
+    if isinstance(error, PretrainError):
+        return int(error.code), str(error)
+    _log.error("rank %d failed", rank, exc_info=error)
+    return None, f"rank {rank} failed: {type(error).__name__}: {error}"
+
+
+def _retold(told: Told) -> Exception:
+    """The same error on another rank; `agreed` says that every rank has it, so that one tells the user."""
+    code, line = told
+    if code is None:
+        return RuntimeError(line)
+    kind = next((k for k in PretrainError.__subclasses__() if int(k.code) == code), PretrainError)
+    error = kind(line)
+    error.agreed = True
+    return error
 
 
 def rank_environment(environment: Mapping[str, str]) -> RankEnvironment | None:
@@ -208,8 +222,10 @@ def _meet(own: RankEnvironment, timeout_s: float) -> dist.Store:
     if late:
         if own.rank == 0:
             time.sleep(1.0)  # the store lives in this process: let the others read the verdict
-        raise UserError(f"{own.world_size - len(late.split(','))} of {own.world_size} ranks came within {timeout_s:.0f} s; "
-                        f"missing: rank {late.replace(',', ', ')} (launch.timeout)")
+        error = UserError(f"{own.world_size - len(late.split(','))} of {own.world_size} ranks came within "
+                          f"{timeout_s:.0f} s; missing: rank {late.replace(',', ', ')} (launch.timeout)")
+        error.agreed = True
+        raise error
     return store
 
 

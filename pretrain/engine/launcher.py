@@ -93,31 +93,33 @@ def _die_with_parent() -> None:
 
 
 def _wait(ranks: Sequence[subprocess.Popen[bytes]], grace_s: float) -> int:
-    """Exit code of the first rank that ended with a non-zero one, else 0."""
-    first: int | None = None
+    """Exit code of the run: that of the rank that knew best, else 0."""
     deadline = float("inf")
     while True:
         codes = [rank.poll() for rank in ranks]
-        failed = [code for code in codes if code]
-        if failed and first is None:
-            first = failed[0]
-            deadline = time.monotonic() + grace_s
         if all(code is not None for code in codes):
-            return _meaning(first or 0)
+            return _meaning([code for code in codes if code])
+        if any(codes) and deadline == float("inf"):
+            deadline = time.monotonic() + grace_s
         if time.monotonic() > deadline:
             late = [str(index) for index, code in enumerate(codes) if code is None]
-            print(f"error: ranks {', '.join(late)} did not end {grace_s:.0f} s after another one failed; killing them",
+            print(f"error: rank {', '.join(late)} did not end {grace_s:.0f} s after another one failed; killing it",
                   file=sys.stderr)
             for rank in ranks:
                 if rank.poll() is None:
                     rank.kill()
-            deadline = float("inf")
         time.sleep(0.05)
 
 
-def _meaning(code: int) -> int:
-    """A rank killed by a signal is an internal error, except for a second Ctrl-C."""
-    if code < 0:
-        print(f"error: a rank was killed by signal {-code} ({signal.Signals(-code).name})", file=sys.stderr)
-        return int(ExitCode.INTERRUPTED if -code == signal.SIGINT else ExitCode.INTERNAL)
-    return code
+def _meaning(failures: list[int]) -> int:
+    """The code that says most: one with a meaning before an internal error, which peers of a failed rank end with."""
+    if not failures:
+        return 0
+    told = [code for code in failures if code > int(ExitCode.INTERNAL)]
+    if told:
+        return told[0]
+    killed = [-code for code in failures if code < 0 and -code != signal.SIGKILL] or [-c for c in failures if c < 0]
+    if killed and ExitCode.INTERNAL not in failures:
+        print(f"error: a rank was killed by signal {killed[0]} ({signal.Signals(killed[0]).name})", file=sys.stderr)
+        return int(ExitCode.INTERRUPTED if killed[0] == signal.SIGINT else ExitCode.INTERNAL)
+    return int(ExitCode.INTERNAL)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -72,5 +73,6 @@ def own_step_tensors(optimizer: torch.optim.Optimizer, weight_decays: Iterable[f
 
 
 def quiet() -> None:
-    """DeepSpeed logs every start in full; warnings and errors are enough."""
+    """Warnings and errors of DeepSpeed are enough; and it calls collectives that torch has renamed, at every step."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=r".*torch\.distributed\..* is deprecated", category=FutureWarning)

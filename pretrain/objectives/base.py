@@ -37,6 +37,9 @@ class SumObjective(Protocol):
     terms: Mapping[str, float | Schedule]
     """Weight by term."""
 
+    def probe_inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """Keyword tensors of one plain forward on part of this batch; checkpoints prove themselves with it."""
+
     def counts(self, batch: Batch) -> dict[str, int]:
         """How many things each term averages over in this micro-batch. The same keys on every rank; 0 is allowed."""
 
@@ -84,6 +87,9 @@ class UpdateHandle(Protocol):
 @runtime_checkable
 class UpdateObjective(Protocol):
     """An objective over the whole update."""
+
+    def probe_inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """Keyword tensors of one plain forward on part of this batch; checkpoints prove themselves with it."""
 
     def run(self, handle: UpdateHandle, micro_batches: Sequence[Batch], controls: Mapping[str, float]) -> UpdateResult:
         """Forward and backward of one update on every rank."""

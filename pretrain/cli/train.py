@@ -1,0 +1,64 @@
+"""`pretrain train`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pretrain.cli.options import ConfigArgument, LogLevel, LogLevelOption, PresetOption, SetOption, load_config
+from pretrain.config.load import LoadedConfig
+from pretrain.config.run import RunConfig
+
+if TYPE_CHECKING:
+    from pretrain.engine.evaluator import Evaluator
+
+
+def train(config: ConfigArgument = None, preset: PresetOption = None, sets: SetOption = [],  # noqa: B006
+          nproc: Annotated[int | None, typer.Option(min=1, help="Processes on this machine (launch.nproc).")] = None,
+          dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would run, and touch nothing.")] = False,
+          log_level: LogLevelOption = LogLevel.INFO) -> None:
+    """Train, or go on with, the run that a config describes.
+
+    Alone it starts `launch.nproc` ranks on this machine. Under srun, torchrun or deepspeed the same command is one rank
+    of theirs. Exit codes: 0 done, 2 bad input, 3 corrupt data, 4 diverged, 5 a check failed, 6 hang, 85 stopped on
+    request and resumable by the same command.
+    """
+    if nproc is not None:
+        sets = [*sets, f"launch.nproc={nproc}"]
+    loaded = load_config(config, preset, sets)
+    if dry_run:
+        from pretrain.cli.dry_run import dry_run as show
+        show(loaded, loaded.config.launch.nproc)
+        return
+    from pretrain.engine.launcher import launch, worker_command
+    if not ("RANK" in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) > 1):
+        loaded.config.batch.resolve(loaded.config.launch.nproc)
+        command = worker_command("pretrain.cli.main", *sys.argv[1:])
+        settings = loaded.config.launch
+        raise typer.Exit(launch(command, settings.nproc, port=settings.port, threads=settings.threads))
+    from pretrain.engine.distributed import rank_environment
+    from pretrain.engine.run import run_rank
+    own = rank_environment(os.environ)
+    assert own is not None
+    run_rank(loaded, own, evaluators, log_level=log_level.value, after=report)
+
+
+def evaluators(config: RunConfig) -> Sequence[Evaluator]:
+    """What a run evaluates in training: validation perplexity for language models that have a validation split."""
+    from evaluation.perplexity import PerplexityEvaluator
+    from pretrain.data.open import open_validation
+    if config.model.kind != "causal_lm" or open_validation(config) is None:
+        return []
+    return [PerplexityEvaluator(config.eval.every, config.eval.max_batches)]
+
+
+def report(loaded: LoadedConfig) -> None:
+    """Write report.html of a finished run."""
+    from pathlib import Path
+
+    from evaluation.report import write_report
+    write_report(Path(loaded.config.runs_dir) / loaded.config.name)

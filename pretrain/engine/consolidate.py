@@ -1,0 +1,93 @@
+"""Whole fp32 weights out of a sharded checkpoint, or into a model before training."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+
+from pretrain.errors import DataCorruption, UserError
+from pretrain.runfolder.layout import CheckpointRef, RunFolder
+from pretrain.runfolder.publish import MANIFEST, Manifest
+
+TAG = "deepspeed"
+_log = logging.getLogger("pretrain")
+
+
+def load_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Parameters (fp32 masters; frozen ones as they are) and buffers of a checkpoint of any ZeRO stage, on the CPU.
+
+    DeepSpeed's shards are pickles: they are read only after every file has been held to the checkpoint's manifest.
+    Tied parameters may appear under one of their names only. Raises DataCorruption naming the file that differs.
+    """
+    manifest = Manifest.read(checkpoint)
+    problems = manifest.verify(checkpoint, level="full")
+    if problems:
+        raise DataCorruption(problems[0])
+    weights = _unpartitioned(checkpoint) if manifest.stage == 0 else _partitioned(checkpoint)
+    extra = load_file(checkpoint / "extra.safetensors")
+    for key, value in extra.items():
+        kind, _, name = key.partition("/")
+        if kind in ("parameter", "buffer"):
+            weights[name] = value
+    return weights
+
+
+def _unpartitioned(checkpoint: Path) -> dict[str, torch.Tensor]:
+    states = torch.load(checkpoint / TAG / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
+    module: dict[str, torch.Tensor] = states["module"]
+    return {name: value.float() if value.is_floating_point() else value for name, value in module.items()}
+
+
+def _partitioned(checkpoint: Path) -> dict[str, torch.Tensor]:
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+    state: dict[str, torch.Tensor] = get_fp32_state_dict_from_zero_checkpoint(
+        str(checkpoint), tag=TAG, exclude_frozen_parameters=True)
+    return {name: value.clone() for name, value in state.items()}
+
+
+def find_checkpoint(path: Path) -> Path | None:
+    """The checkpoint that `path` is, or the newest of the run that `path` is; None where it is neither."""
+    if (path / MANIFEST).is_file() and CheckpointRef.parse(path) is not None:
+        return path
+    if (path / "checkpoints").is_dir():
+        newest = RunFolder.open(path).read_pointer("latest") or next(iter(RunFolder.open(path).checkpoints()), None)
+        return newest.path if newest else None
+    return None
+
+
+@torch.no_grad()
+def load_initial_weights(model: PreTrainedModel, source: Path, *, partitioned: bool) -> None:
+    """Copy weights, and nothing else, from an export, a checkpoint or a run into a built model (`train.init_from`).
+
+    Every parameter of the model must be there with its shape. Raises UserError naming the first that is not.
+    """
+    from deepspeed.runtime.zero import GatheredParameters
+    if not source.exists():
+        raise UserError(f"train.init_from: {source} does not exist")
+    checkpoint = find_checkpoint(source)
+    if checkpoint is not None:
+        weights = load_weights(checkpoint)
+    else:
+        files = sorted(source.glob("*.safetensors"))
+        if not files:
+            raise UserError(f"train.init_from: {source} is neither a run, a checkpoint nor an export with safetensors")
+        weights = {name: value for file in files for name, value in load_file(file).items()}
+    tied = {id(p): name for name, p in model.named_parameters(remove_duplicate=False) if name in weights}
+    for name, parameter in model.named_parameters():
+        value = weights.get(tied.get(id(parameter), name))
+        if value is None:
+            raise UserError(f"train.init_from: {source} holds no {name}: it is of another model")
+        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        if tuple(value.shape) != shape:
+            raise UserError(f"train.init_from: {name} is {tuple(value.shape)} in {source}, the model's is {shape}")
+        with GatheredParameters([parameter], modifier_rank=0, enabled=partitioned):
+            if not partitioned or torch.distributed.get_rank() == 0:
+                parameter.copy_(value.to(parameter.dtype))
+    for name, buffer in model.named_buffers():
+        if name in weights:
+            buffer.copy_(weights[name].to(buffer.dtype))
+    _log.info("weights taken from %s", checkpoint or source)

@@ -1,0 +1,47 @@
+"""Which checkpoints a run keeps, and the pointers at them."""
+
+from __future__ import annotations
+
+import logging
+
+from pretrain.config.run import CheckpointConfig
+from pretrain.engine import checkpoint
+from pretrain.engine.build import Engine
+from pretrain.runfolder.layout import CheckpointRef, RunFolder
+from pretrain.runfolder.lease import Lease
+from pretrain.runfolder.retention import delete, live_pins, to_delete
+
+_log = logging.getLogger("pretrain")
+
+
+class Keeper:
+    """Saves, points and forgets. Rank 0 alone touches pointers and deletes."""
+
+    def __init__(self, folder: RunFolder, lease: Lease | None, config: CheckpointConfig, keep_every_steps: int | None) -> None:
+        self.folder = folder
+        self._lease = lease
+        self._config = config
+        self._keep_every_steps = keep_every_steps
+
+    def save(self, engine: Engine, snapshot: checkpoint.Snapshot, *, best_metric: str | None) -> CheckpointRef:
+        """Write a checkpoint; where it is the best by `best_metric`, point at it; then apply retention. Collective."""
+        ref = checkpoint.save(engine, self.folder, self._lease, snapshot)
+        if engine.world.is_main:
+            _log.info("[CHECKPOINT] Saved -> %s", ref.path)
+            if best_metric is not None:
+                self.folder.write_pointer(f"best-{best_metric}", ref)
+            self._forget(snapshot.state["best_steps"], ref)
+        return ref
+
+    def _forget(self, best_steps: list[int], latest: CheckpointRef) -> None:
+        """Delete what no rule keeps. A failure here never stops training."""
+        known = self.folder.checkpoints()
+        count = self._config.keep_best
+        keep_best = [(step, 0.0) for step in best_steps[-count:]] if count else []
+        doomed = to_delete(known, keep_last=self._config.keep_last, keep_best=keep_best, latest=latest,
+                           keep_multiples_of=self._keep_every_steps, pinned=[r for r in known if live_pins(r)])
+        for ref in doomed:
+            try:
+                delete(ref)
+            except OSError as error:
+                _log.warning("%s: could not be removed (%s)", ref.path, error)

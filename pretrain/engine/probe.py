@@ -1,0 +1,52 @@
+"""A figure that equal weights must reproduce: written with every checkpoint, compared after every load."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from pretrain.engine import rng
+from pretrain.engine.build import Engine
+from pretrain.errors import DataCorruption
+from pretrain.models.base import EncoderOutput, LMOutput
+
+RTOL_OTHER_WORLD = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 2e-3}
+"""Tolerance where world size or stage changed. In bf16 the model copy is re-rounded from fp32 in another order."""
+
+
+def measure(engine: Engine, inputs: Mapping[str, torch.Tensor], controls: Mapping[str, float]) -> dict[str, float]:
+    """Figures of the model's output on `inputs` in eval mode, as exact floats.
+
+    Collective: every rank runs the same inputs. Mode and random state are left as they were.
+    """
+    was_training = engine.model.training
+    with rng.preserved(), torch.no_grad():
+        engine.ds.eval()
+        try:
+            output = engine.forward(**{k: v.to(engine.world.device) for k, v in inputs.items()}, controls=controls)
+        finally:
+            engine.ds.train(was_training)
+    return figures(output)
+
+
+def figures(output: Any) -> dict[str, float]:
+    """Scalars that stand for an output."""
+    if isinstance(output, LMOutput):
+        assert output.nll_sum is not None and output.n_tokens is not None
+        return {"nll_sum": float(output.nll_sum), "n_tokens": float(output.n_tokens)}
+    if isinstance(output, EncoderOutput):
+        assert output.heads is not None
+        return {name: float(head.double().abs().sum()) for name, head in output.heads.items()}
+    raise TypeError(f"a model's forward returned {type(output).__name__}, neither LMOutput nor EncoderOutput")
+
+
+def compare(saved: Mapping[str, float], now: Mapping[str, float], *, exact: bool, precision: str, where: str) -> None:
+    """Raise DataCorruption where the loaded weights do not give the saved figures."""
+    for name, want in saved.items():
+        have = now.get(name)
+        limit = 0.0 if exact else RTOL_OTHER_WORLD[precision] * max(abs(want), 1e-12)
+        if have is None or not abs(have - want) <= limit:
+            raise DataCorruption(f"{where}: the loaded weights give {name} = {have!r} on the stored batch, the saved ones "
+                                 f"gave {want!r}; the checkpoint does not hold what was trained")

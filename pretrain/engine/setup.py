@@ -1,0 +1,250 @@
+"""Builds a Trainer: data, model, engine, resume; in the order in which a mistake is cheapest."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from transformers import PreTrainedModel
+
+from pretrain.config.load import LoadedConfig, dump_yaml
+from pretrain.config.machine import device_facts
+from pretrain.config.precision import DeviceFacts, advise_precision
+from pretrain.config.registry import FAMILIES, OBJECTIVES, resolve
+from pretrain.config.run import Precision, ResolvedBatch, RunConfig
+from pretrain.data.loader import UpdateLoader
+from pretrain.data.open import TrainingData, open_training
+from pretrain.engine import checkpoint, readback, rng
+from pretrain.engine.build import Engine, build_engine, build_model
+from pretrain.engine.consolidate import load_initial_weights
+from pretrain.engine.distributed import World
+from pretrain.engine.evaluator import Evaluator
+from pretrain.engine.keeping import Keeper
+from pretrain.engine.reporting import Reporter
+from pretrain.engine.schedule import LearningRate
+from pretrain.engine.state import RunState
+from pretrain.engine.stopping import StopRequests
+from pretrain.engine.trainer import Trainer
+from pretrain.engine.views import FamilyStartContext
+from pretrain.errors import CheckFailed, ConfigError, UserError
+from pretrain.models.base import Family
+from pretrain.monitor.clock import TimeShares
+from pretrain.monitor.environment import describe_environment
+from pretrain.monitor.health import Health
+from pretrain.monitor.profiler import StepProfiler
+from pretrain.monitor.progress import Progress
+from pretrain.monitor.throughput import Throughput, peak_flops
+from pretrain.monitor.writers import MetricsWriter, WandbOptions
+from pretrain.runfolder.layout import CheckpointRef, RunFolder
+from pretrain.runfolder.lease import Lease
+from pretrain.runfolder.publish import hash_file, write_json_atomic, write_text_atomic
+from pretrain.runfolder.status import Status
+
+_log = logging.getLogger("pretrain")
+
+
+@dataclass
+class Claim:
+    """What a process holds of its run folder."""
+
+    folder: RunFolder
+    lease: Lease | None
+    """Rank 0's."""
+    resume: CheckpointRef | None
+    status: Status | None
+    """Rank 0's."""
+
+
+def claim_run(loaded: LoadedConfig, world: World) -> Claim:
+    """Take the lease, write config and environment, and choose the checkpoint to go on from. Collective.
+
+    Raises UserError where another process holds the run, or the folder cannot be written to.
+    """
+    root = Path(loaded.config.runs_dir) / loaded.config.name
+    lease: Lease | None = None
+    status: Status | None = None
+
+    def claim() -> CheckpointRef | None:
+        nonlocal lease, status
+        folder = RunFolder.create(root)
+        before = Status.read(folder)
+        lease = Lease.acquire(folder)
+        folder.clean_temporaries(lease.fence)
+        found = folder.checkpoints() if loaded.config.train.resume == "auto" else []
+        resume = found[0] if found else None
+        if resume is None:
+            lease.set_fresh()
+        else:
+            lease.set_resumed_from(resume.step, resume.fence, hash_file(resume.path / "manifest.json"))
+        write_text_atomic(folder.config_file, dump_yaml(loaded))
+        write_json_atomic(folder.environment_file, describe_environment())
+        status = Status(fence=lease.fence, started=time.time(), restarts=lease.fence - 1,
+                        step=resume.step if resume else 0, k=before.k if before and resume else 0).write(folder)
+        return resume
+
+    resume = world.on_main(claim)
+    return Claim(RunFolder(root), lease, resume, status)
+
+
+def choose(config: RunConfig, world: World) -> tuple[Family, ResolvedBatch, Precision]:
+    """What the config and the world decide together, before anything is opened."""
+    family: Family = resolve(FAMILIES, config.model.family, "model.family")
+    if config.objective.name not in family.objectives:
+        raise ConfigError("objective.name", f"{config.objective.name} does not train {family.name} models; "
+                          f"use one of {', '.join(sorted(family.objectives))}")
+    return family, config.batch.resolve(world.size), choose_precision(config, world)
+
+
+def choose_precision(config: RunConfig, world: World) -> Precision:
+    """The precision of the run as this rank's hardware has it."""
+    wanted = config.engine.precision
+    if wanted == "fp16" and world.device.type != "cuda":
+        raise ConfigError("engine.precision", "fp16 needs CUDA; use bf16 or fp32 here")
+    if wanted != "auto":
+        return wanted
+    facts = device_facts() if world.device.type != "cuda" else DeviceFacts(
+        "cuda", cuda_capability=torch.cuda.get_device_capability(world.device))
+    precision, reason = advise_precision(facts, config.engine.zero_stage)
+    _log.info("precision %s: %s", precision, reason)
+    return precision
+
+
+def prepare(loaded: LoadedConfig, world: World, claim: Claim, evaluators: Sequence[Evaluator], console: Console) -> Trainer:
+    """Everything between the claim on the run folder and the first step. Collective."""
+    config = loaded.config
+    family, batch, precision = world.all_or_none(lambda: choose(config, world))
+    if "fp32" in world.gather_objects(precision):  # ranks on unequal hardware
+        precision = "fp32"
+    data = open_data(config, batch, world)
+    rng.seed_all(config.seed, world.rank)
+    model, ds_config, keepalive = build_model(config, family, batch, precision, world)
+    if config.train.gates_at_start and claim.resume is None:
+        world.all_or_none(lambda: _gates(config, model, world))
+    hooks = family.hooks(config)
+    if claim.resume is None:
+        if config.train.init_from:
+            load_initial_weights(model, Path(config.train.init_from), partitioned=keepalive is not None)
+        hooks.before_engine(FamilyStartContext(model, world, keepalive is not None, data.samples))
+    engine = build_engine(config, family, batch, precision, world, model, ds_config, keepalive)
+    if world.is_main:
+        write_json_atomic(claim.folder.root / "deepspeed.json", ds_config)
+        for line in readback.differences(engine):
+            _log.warning("DeepSpeed differs: %s", line)
+    trainer = _assemble(config, batch, world, claim, engine, family, data, hooks, evaluators, console)
+    if claim.resume is not None:
+        _resume(trainer, claim.resume, data)
+        trainer.loader.close()
+        trainer.loader = open_loader(config, batch, world, data, trainer.state.k)
+    return trainer
+
+
+def open_data(config: RunConfig, batch: ResolvedBatch, world: World) -> TrainingData:
+    """Open the training data; rank 0 verifies for all before the others open it unverified. Collective."""
+    data = world.all_or_none(lambda: open_training(config if world.is_main else _unverified(config), batch))
+    fingerprints = world.gather_objects(data.fingerprint)
+    if len(set(fingerprints)) > 1:
+        other = next(r for r, f in enumerate(fingerprints) if f != fingerprints[0])
+        raise UserError(f"data: rank {other} sees another dataset than rank 0 (fingerprint {fingerprints[other][:12]} "
+                        f"against {fingerprints[0][:12]}); all nodes must read the same files")
+    return data
+
+
+def _unverified(config: RunConfig) -> RunConfig:
+    """Hashing everything once is enough; `touch` stays, because every rank reads other shards first."""
+    values = config.data.source.model_dump()
+    if values.get("verify") not in ("full", "auto"):
+        return config
+    source = type(config.data.source).model_validate({**values, "verify": "off"})
+    return config.model_copy(update={"data": config.data.model_copy(update={"source": source})})
+
+
+def open_loader(config: RunConfig, batch: ResolvedBatch, world: World, data: TrainingData, start_k: int) -> UpdateLoader:
+    """The loader of this rank from update `start_k` on."""
+    return UpdateLoader(data.source, data.order, batch, rank=world.rank, start_k=start_k, workers=config.data.workers,
+                        prefetch=config.data.prefetch, pin_memory=world.device.type == "cuda")
+
+
+def total_steps(config: RunConfig, batch: ResolvedBatch, epoch_samples: int | None) -> int:
+    """Optimizer updates of the whole run. Raises ConfigError for epochs of a source that has none."""
+    return to_steps(config, batch, epoch_samples, "train.length")
+
+
+def to_steps(config: RunConfig, batch: ResolvedBatch, epoch_samples: int | None, key: str) -> int:
+    """The interval at dotted `key` as whole updates; 0 where it is null."""
+    section, _, name = key.partition(".")
+    interval = getattr(getattr(config, section), name)
+    if interval is None:
+        return 0
+    try:
+        return int(interval.to_steps(micro_steps_per_step=batch.gradient_accumulation_steps,
+                                     samples_per_step=batch.global_batch_size, epoch_samples=epoch_samples,
+                                     tokens_per_step=batch.global_batch_size * config.data.seq_len))
+    except ValueError as error:
+        raise ConfigError(key, str(error)) from None
+
+
+def _assemble(config: RunConfig, batch: ResolvedBatch, world: World, claim: Claim, engine: Engine, family: Family,
+              data: TrainingData, hooks: object, evaluators: Sequence[Evaluator], console: Console) -> Trainer:
+    steps = total_steps(config, batch, data.epoch_samples)
+    lr = LearningRate(config.schedule, warmup_steps=to_steps(config, batch, data.epoch_samples, "schedule.warmup"),
+                      decay_steps=to_steps(config, batch, data.epoch_samples, "schedule.decay") or max(1, steps // 10),
+                      total_steps=steps)
+    peak = config.monitor.peak_flops
+    if peak is None and world.device.type == "cuda":
+        peak = peak_flops(torch.cuda.get_device_name(world.device), "bf16" if engine.precision == "bf16" else engine.precision)
+    writer = progress = None
+    if world.is_main:
+        assert claim.lease is not None
+        wandb = WandbOptions(project=config.monitor.wandb_project, name=config.name) if config.monitor.wandb else None
+        writer = MetricsWriter(claim.folder, family.csv_columns, config.monitor.tensorboard, wandb, claim.lease.fence)
+        progress = Progress(config.monitor.progress, steps, console)
+
+    def diagnose(row: Mapping[str, float]) -> None:
+        for finding in family.diagnostics(engine.model, row):
+            _log.warning("[DIAG] %s: %s; %s", finding.rule, finding.message, finding.remedy)
+
+    reporter = Reporter(world, claim.folder, TimeShares(),
+                        Throughput(total_steps=steps, flops_per_token=config.model.flops_per_token(config.data.seq_len),
+                                   peak_flops=peak, devices=world.size), writer, progress, claim.status, diagnose)
+    stop = StopRequests(claim.folder, is_main=world.is_main, max_hours=config.train.max_hours, started=time.monotonic())
+    profile = config.monitor.profile_steps
+    return Trainer(
+        config=config, batch=batch, engine=engine, objective=resolve(OBJECTIVES, config.objective.name, "objective.name")(
+            config.objective), hooks=hooks, loader=open_loader(config, batch, world, data, 0), evaluators=evaluators,
+        lr=lr, state=RunState(), total_steps=steps, epoch_samples=data.epoch_samples, data_fingerprint=data.fingerprint,
+        stop=stop, reporter=reporter,
+        keeper=Keeper(claim.folder, claim.lease, config.checkpoint,
+                      to_steps(config, batch, data.epoch_samples, "checkpoint.keep_every") or None),
+        health=Health(config.train.max_bad_steps),
+        profiler=StepProfiler(claim.folder.profile_dir, *profile, world.rank) if profile else None)
+
+
+def _resume(trainer: Trainer, ref: CheckpointRef, data: TrainingData) -> None:
+    """Put a trainer back to where `ref` was written. Collective."""
+    world = trainer.engine.world
+    world.on_main(lambda: checkpoint.verify(ref))
+    snapshot = checkpoint.load(trainer.engine, ref)
+    if snapshot.data_fingerprint != data.fingerprint:
+        raise UserError(f"{ref.path}: was trained on other data, order or batch size (fingerprint "
+                        f"{snapshot.data_fingerprint[:12]}, now {data.fingerprint[:12]}); give the run another name, or "
+                        "start it with train.init_from")
+    trainer.state = RunState.from_json(snapshot.state)
+    trainer.lr.load_state_dict(snapshot.schedule)
+    trainer.health.load_state_dict(snapshot.health)
+    trainer.hooks.load_state_dict(snapshot.hooks)
+    trainer.probe_inputs = snapshot.probe_inputs
+    if world.is_main:
+        _log.info("resumed from %s: step %d, batch %d", ref.path, trainer.state.step, trainer.state.k)
+
+
+def _gates(config: RunConfig, model: PreTrainedModel, world: World) -> None:
+    from pretrain.gates import run_gates
+    failed = [r for r in run_gates(model, vocab_size=config.model.vocab_size, seq_len=min(64, config.data.seq_len),
+                                   seed=config.seed, device=world.device) if not r.passed]
+    if failed:
+        raise CheckFailed("; ".join(f"gate {r.name}: {r.message}" for r in failed))

@@ -1,0 +1,55 @@
+"""Where a run stands: the part of its state that is neither weights nor moments nor random numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from pretrain.config.interval import Progress
+from pretrain.config.run import ResolvedBatch
+
+
+@dataclass(slots=True)
+class RunState:
+    """`k` counts global batches consumed, `step` counts updates applied; skips make them differ."""
+
+    k: int = 0
+    step: int = 0
+    best: float | None = None
+    best_steps: list[int] = field(default_factory=list)
+    """Steps at which the selecting metric improved, in order: the last ones are the best."""
+    evaluations_without_improvement: int = 0
+    lr_override: float | None = None
+    stopped_early: str | None = None
+
+    def progress(self, batch: ResolvedBatch, seq_len: int, epoch_samples: int | None) -> Progress:
+        """Progress for intervals. Micro-steps, samples and tokens count what was consumed."""
+        samples = self.k * batch.global_batch_size
+        return Progress(steps=self.step, micro_steps=self.k * batch.gradient_accumulation_steps, samples=samples,
+                        tokens=samples * seq_len, epoch_samples=epoch_samples)
+
+    def observe(self, value: float, *, higher_is_better: bool) -> bool:
+        """Tell the state the figure that selects the best model. True where it is a new best."""
+        if not math.isfinite(value):
+            improved = False
+        elif self.best is None:
+            improved = True
+        else:
+            improved = value > self.best if higher_is_better else value < self.best
+        if improved:
+            self.best, self.evaluations_without_improvement = value, 0
+            self.best_steps.append(self.step)
+        else:
+            self.evaluations_without_improvement += 1
+        return improved
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON scalars and lists."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> RunState:
+        """The inverse of `to_json`; keys of later versions are an error, missing ones take their default."""
+        return cls(**values)

@@ -1,0 +1,90 @@
+"""What evaluators and family hooks see of the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedModel
+
+from pretrain.config.run import RunConfig
+from pretrain.data.batch import Batch
+from pretrain.engine.build import Engine
+from pretrain.engine.distributed import World
+
+
+class TrainingView:
+    """`RunView` of a run in training."""
+
+    def __init__(self, config: RunConfig, step: int, engine: Engine, controls: Mapping[str, float]) -> None:
+        self.config = config
+        self.step = step
+        self.rank = engine.world.rank
+        self.world = engine.world.size
+        self.device = engine.world.device
+        self._engine = engine
+        self._controls = controls
+
+    def forward(self, **inputs: Any) -> Any:
+        """The model in eval mode without gradient; collective."""
+        return self._engine.forward(**inputs, controls=self._controls)
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum over ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+
+class FamilyStartContext:
+    """`EngineStartContext`: before DeepSpeed takes the model."""
+
+    def __init__(self, model: PreTrainedModel, world: World, partitioned: bool, samples: Callable[[int], Batch]) -> None:
+        self.model = model
+        self.rank = world.rank
+        self.world_size = world.size
+        self.device = world.device
+        self._partitioned = partitioned
+        self._samples = samples
+
+    def train_samples(self, n: int) -> Batch:
+        """The first `n` training samples of the global order; the cursor does not move."""
+        return self._samples(n)
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum over ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    @torch.no_grad()
+    def full_parameter(self, name: str, write: torch.Tensor | None = None) -> torch.Tensor:
+        """The whole parameter on every rank; with `write`, rank 0's value is set on every rank first."""
+        from deepspeed.runtime.zero import GatheredParameters
+        parameter = self.model.get_parameter(name)
+        with GatheredParameters([parameter], modifier_rank=0 if write is not None else None, enabled=self._partitioned):
+            if write is not None:
+                parameter.data.copy_(write)
+                if self.world_size > 1 and not self._partitioned:
+                    dist.broadcast(parameter.data, src=0)
+            return parameter.detach().clone()
+
+
+class FamilyStepContext:
+    """`StepContext`: after an applied update."""
+
+    def __init__(self, engine: Engine, step: int) -> None:
+        self.step = step
+        self.rank = engine.world.rank
+        self.world_size = engine.world.size
+        self._engine = engine
+
+    def read(self, name: str) -> torch.Tensor:
+        """The full fp32 parameter on every rank."""
+        return self._engine.read(name)
+
+    def write(self, name: str, value: torch.Tensor) -> None:
+        """Set a parameter on every rank: the fp32 master and the model's copy."""
+        self._engine.write(name, value)
