@@ -43,6 +43,5 @@ def read_chain(lease_dir: Path, also: Iterable[int] = ()) -> Chain:
         limits[fence] = limit
         holder = Holder.read(lease_dir / str(fence))
         if holder is not None and holder.resumed_from is not None:
-            target, step = holder.resumed_from["fence"], holder.resumed_from["step"]
-            limit = step if limit is None else min(limit, step)
+            target, limit = holder.resumed_from["fence"], holder.resumed_from["step"]
     return Chain(limits)

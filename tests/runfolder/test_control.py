@@ -25,7 +25,7 @@ def test_requests_are_handed_out_once(folder):
     assert list(folder.control_dir.iterdir()) == []
 
 
-def test_two_pollers_share_a_request_between_them(folder):
+def test_two_pollers_share_a_request_between_them(folder, caplog):
     for _ in range(100):
         control.request(folder, "save")
         barrier = threading.Barrier(2)
@@ -41,6 +41,7 @@ def test_two_pollers_share_a_request_between_them(folder):
         for thread in threads:
             thread.join()
         assert sorted(map(len, taken)) == [0, 1]
+    assert caplog.text == ""
 
 
 def test_unknown_requests_are_reported_once_and_stop_nobody(folder, caplog):

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -79,7 +80,7 @@ def test_a_released_lease_is_free_at_once(folder):
 
 def test_a_dead_process_of_this_machine_is_passed_over_at_once(folder):
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    start = float(open(f"/proc/{child.pid}/stat").read().rpartition(")")[2].split()[19])
+    start = float(Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[19])
     held_by(folder, replace(ProcessId.current(), pid=child.pid, pid_start=start))
     assert live_holder(folder) is not None
     with pytest.raises(UserError, match=f"process {child.pid}"):
