@@ -8,6 +8,7 @@ where there is one document a row.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -74,15 +75,16 @@ class BaselineHFConfig(PreTrainedConfig):
             "bos_token_id": None, "eos_token_id": None, "pad_token_id": None, "dtype": self.dtype,
         }
         if self.body == "gpt2":
+            # The activation is GPT-2's own, as one kernel that keeps two tensors of the MLP's width instead of five.
             return GPT2Config(
                 n_embd=self.hidden_size, n_layer=self.num_hidden_layers, n_head=self.num_attention_heads,
                 n_inner=self.intermediate_size, layer_norm_epsilon=self.norm_eps, resid_pdrop=self.dropout,
-                embd_pdrop=self.dropout, attn_pdrop=self.dropout, **shared)
+                embd_pdrop=self.dropout, attn_pdrop=self.dropout, activation_function="gelu_pytorch_tanh", **shared)
         sizes = {"hidden_size": self.hidden_size, "num_hidden_layers": self.num_hidden_layers,
                  "num_attention_heads": self.num_attention_heads, "intermediate_size": self.intermediate_size}
         if self.body == "bert":
             return BertConfig(hidden_dropout_prob=self.dropout, attention_probs_dropout_prob=self.dropout,
-                              layer_norm_eps=self.norm_eps, **sizes, **shared)
+                              layer_norm_eps=self.norm_eps, use_cache=False, **sizes, **shared)
         return LlamaConfig(num_key_value_heads=self.num_key_value_heads, rms_norm_eps=self.norm_eps,
                            attention_dropout=self.dropout, **sizes, **shared,
                            rope_parameters={"rope_type": "default", "rope_theta": self.rope_theta})
@@ -130,7 +132,7 @@ class _Masking(NamedTuple):
 class BaselineModel(PreTrainedModel):
     """What language model and encoder share: the transformers model inside, and the masking in front of it."""
 
-    config: BaselineHFConfig
+    config_class = BaselineHFConfig
     base_model_prefix = "native"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
@@ -246,7 +248,7 @@ class BaselineForCausalLM(BaselineModel, GenerationMixin):
 class BaselineEncoder(BaselineModel):
     """BERT body; heads `mean` (default) and `cls`."""
 
-    config: BaselineEncoderHFConfig
+    config_class = BaselineEncoderHFConfig
 
     def _build_native(self, config: PreTrainedConfig) -> PreTrainedModel:
         return BertModel(config, add_pooling_layer=False)
@@ -261,8 +263,8 @@ class BaselineEncoder(BaselineModel):
             document_ids: [B, T], where a row holds several texts; heads then pool over all of them.
             controls: values of the family's hooks; the baselines have none.
 
-        `heads["mean"]` [B, D] is the mean over real tokens (zero for a row without any), `heads["cls"]` [B, D] the first
-        real token, `aux["token_states"]` [B, T, D] the states themselves.
+        `heads["mean"]` [B, D] is the mean over real tokens (zero for a row without any), `heads["cls"]` [B, D] the
+        first real token, `aux["token_states"]` [B, T, D] the states themselves.
         """
         masking = self._masking(input_ids, document_ids, attention_mask, causal=False)
         states = self.native(input_ids=input_ids, **masking._asdict()).last_hidden_state
@@ -275,9 +277,11 @@ class BaselineEncoder(BaselineModel):
 
 
 def native_model(model: BaselineModel) -> PreTrainedModel:
-    """The plain transformers model with the same weights (shared, not copied), for export."""
-    model.native.set_attn_implementation("sdpa")
-    return model.native
+    """The plain transformers model on the same weights (shared, not copied), for export."""
+    tensors = [*model.native.parameters(), *model.native.buffers()]
+    native = copy.deepcopy(model.native, memo={id(tensor): tensor for tensor in tensors})
+    native.set_attn_implementation("sdpa")
+    return native
 
 
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION, document_attention)

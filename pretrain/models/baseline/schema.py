@@ -10,6 +10,7 @@ from pretrain.config.model import ModelConfig, ParameterCount
 from pretrain.errors import ConfigError
 
 Body = Literal["llama", "gpt2", "bert"]
+_FP32_BYTES = 4
 _TOKEN_TYPES = 2
 """BERT adds one of two segment vectors to each token; only the first is used, both are parameters."""
 
@@ -35,18 +36,19 @@ class BaselineConfig(ModelConfig):
 
     @model_validator(mode="after")
     def _heads(self) -> BaselineConfig:
-        if self.hidden_size % self.num_heads:
-            raise ConfigError("model.num_heads", f"{self.num_heads} does not divide model.hidden_size {self.hidden_size}; "
-                              f"use one of {_divisors_near(self.hidden_size, self.num_heads)}")
-        if self.body != "llama" and self.num_kv_heads not in (None, self.num_heads):
-            raise ConfigError("model.num_kv_heads", f"{self.num_kv_heads}: {self.body} has one key/value head a query "
-                              "head; leave it out, or use body llama")
-        if self.num_heads % self.kv_heads:
-            raise ConfigError("model.num_kv_heads", f"{self.kv_heads} does not divide model.num_heads {self.num_heads}; "
-                              f"use one of {_divisors_near(self.num_heads, self.kv_heads)}")
+        d, heads, kv = self.hidden_size, self.num_heads, self.kv_heads
+        if d % heads:
+            raise ConfigError("model.num_heads", f"{heads} does not divide model.hidden_size {d}; use one of "
+                              f"{_divisors_near(d, heads)}")
+        if self.body != "llama" and kv != heads:
+            raise ConfigError("model.num_kv_heads", f"{kv}: {self.body} has one key/value head a query head; leave it "
+                              "out, or use body llama")
+        if heads % kv:
+            raise ConfigError("model.num_kv_heads", f"{kv} does not divide model.num_heads {heads}; use one of "
+                              f"{_divisors_near(heads, kv)}")
         if self.body == "llama" and self.head_dim % 2:
-            raise ConfigError("model.num_heads", f"{self.num_heads} gives heads of width {self.head_dim}, but rotary "
-                              "positions turn pairs and need an even width")
+            raise ConfigError("model.num_heads", f"{heads} gives heads of width {self.head_dim}, but rotary positions "
+                              "turn pairs and need an even width")
         return self
 
     @property
@@ -108,16 +110,29 @@ class BaselineConfig(ModelConfig):
 
     def activation_bytes_per_token(self, seq_len: int, *, element_bytes: int, checkpointing: bool) -> float:
         """Bytes kept for the backward pass at dropout 0; attention keeps no probabilities, so this is linear in T."""
-        inside = self._block_bytes(element_bytes)
+        inside, outside = self._block_bytes(element_bytes), self._outer_bytes(seq_len, element_bytes)
         stream = self.hidden_size * element_bytes
         if checkpointing:  # the input of each block, and one block at a time while it is computed again
-            return self.num_layers * stream + inside + self._outer_bytes(element_bytes)
-        return self.num_layers * inside + self._outer_bytes(element_bytes)
+            return self.num_layers * stream + inside + outside
+        return self.num_layers * inside + outside
+
+    def _block_bytes(self, element_bytes: int) -> float:
+        """One block, a token: inputs of products, activations and norms. Llama's norms keep an fp32 copy each."""
+        d, f, kv = self.hidden_size, self.mlp_size, self.kv_heads * self.head_dim
+        if self.body == "llama":
+            return element_bytes * (6 * d + 2 * kv + 4 * f) + _FP32_BYTES * (2 * d + 2)
+        return element_bytes * ((10 if self.body == "gpt2" else 8) * d + 2 * f + 4)
+
+    def _outer_bytes(self, seq_len: int, element_bytes: int) -> float:
+        """Around the blocks, a token: embeddings, last norm, a row of the attention mask."""
+        widths = {"llama": 2, "gpt2": 2, "bert": 1}[self.body]
+        norm = _FP32_BYTES * self.hidden_size if self.body == "llama" else 0
+        return element_bytes * (widths * self.hidden_size + seq_len) + norm
 
     def tiny(self) -> BaselineConfig:
         """Two narrow blocks of the same body; grouped key/value heads stay grouped."""
         return self.model_copy(update={
-            "hidden_size": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": None if self.num_kv_heads is None else 2,
+            "hidden_size": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": self.num_kv_heads and 2,
             "intermediate_size": 64, "vocab_size_": min(self.vocab_size, 512),
             "max_position_embeddings": min(self.max_position_embeddings, 512)})
 
