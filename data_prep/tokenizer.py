@@ -30,12 +30,16 @@ def training_sample(documents: Iterable[Kept], seed: int, max_bytes: int) -> lis
     the set of documents alone, and is all of them where they fit.
     """
     heap: list[tuple[int, int, bytes]] = []
-    total = 0
+    total, ceiling = 0, 1 << 64
     for position, item in enumerate(documents):
-        heapq.heappush(heap, (-keyed_hash(item.digest, seed, "sample"), position, item.document.text))
+        rank = keyed_hash(item.digest, seed, "sample")
+        if rank >= ceiling:
+            continue  # it may fit, but one of smaller hash did not: the sample would depend on the order
+        heapq.heappush(heap, (-rank, position, item.document.text))
         total += len(item.document.text)
         while total > max_bytes and len(heap) > 1:
-            total -= len(heapq.heappop(heap)[2])
+            dropped, _, text = heapq.heappop(heap)
+            total, ceiling = total - len(text), -dropped
     return [text.decode() for _, _, text in sorted(heap, key=lambda entry: entry[1])]
 
 

@@ -1,0 +1,137 @@
+"""Copies and splits depend on a document's own text; sources keep their order and set aside what they cannot read."""
+
+import gzip
+import json
+import sysconfig
+from pathlib import Path
+
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_prep.config import FolderSource, JsonlSource, PrepConfig, StdlibSource
+from data_prep.select import Kept, Splitter, Tally, digest_of, select
+from data_prep.sources import Document, SetAside, read_source
+
+TEXT = st.text(min_size=1).filter(lambda t: t.strip())
+
+
+def kept_of(folder: Path, *names: str, exact=True, seed=0) -> list[Kept]:
+    config = PrepConfig.model_validate({
+        "out": "x", "seed": seed, "splits": {"val": 0.3, "test": 0.2}, "dedup": {"exact": exact},
+        "sources": [{"kind": "text", "name": name, "path": str(folder / name)} for name in names]})
+    return [item for item in select(config, Tally()) if isinstance(item, Kept)]
+
+
+def test_a_document_keeps_its_split_whatever_else_the_corpus_holds(tmp_path):
+    for i in range(60):
+        for name in ("a", "b"):
+            (tmp_path / name).mkdir(exist_ok=True)
+            (tmp_path / name / f"{i}.txt").write_text(f"{name} {i}")
+    alone = {k.document.text: k.split for k in kept_of(tmp_path, "b")}
+    together = {k.document.text: k.split for k in kept_of(tmp_path, "a", "b")}
+    assert set(alone.values()) == {"train", "val", "test"}
+    assert alone.items() <= together.items()
+    other_seed = {k.document.text: k.split for k in kept_of(tmp_path, "b", seed=1)}
+    assert other_seed != alone
+
+
+@settings(deadline=None, derandomize=True, max_examples=100)
+@given(st.binary(min_size=16, max_size=16), st.integers(0, 2**63 - 1))
+def test_a_split_added_last_takes_from_train_only(digest, seed):
+    before = Splitter({"val": 0.1}, seed).split_of(digest)
+    after = Splitter({"val": 0.1, "test": 0.2}, seed).split_of(digest)
+    assert after == before or (before, after) == ("train", "test")
+
+
+def test_shares_are_met():
+    splitter = Splitter({"val": 0.1, "test": 0.05}, 3)
+    splits = [splitter.split_of(digest_of(str(i).encode())) for i in range(20_000)]
+    assert splits.count("val") == pytest.approx(2000, abs=4 * 1800**0.5)
+    assert splits.count("test") == pytest.approx(1000, abs=4 * 950**0.5)
+
+
+@settings(deadline=None, derandomize=True, max_examples=100)
+@given(TEXT)
+def test_copies_are_equal_but_for_line_ends_and_outer_white_space(text):
+    plain = text.replace("\r\n", "\n")
+    variants = [plain, plain.replace("\n", "\r\n"), "\ufeff" + plain, "\n " + plain + "\t\n"]
+    digests = {digest_of(v.encode()) for v in variants[:2]} | {digest_of(v.encode()) for v in variants[2:]}
+    assert len(digests) == 1
+    assert digest_of((plain.strip() + "x").encode()) not in digests
+
+
+def test_the_first_copy_in_source_order_is_kept(tmp_path):
+    for name, text in [("a/2.txt", "one"), ("a/1.txt", "two"), ("b/1.txt", "one\n"), ("b/2.txt", "three")]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    def where(*names, exact=True):
+        return [(k.document.provenance["source"], k.document.provenance["path"])
+                for k in kept_of(tmp_path, *names, exact=exact)]
+    assert where("a", "b") == [("a", "1.txt"), ("a", "2.txt"), ("b", "2.txt")]
+    assert where("b", "a") == [("b", "1.txt"), ("b", "2.txt"), ("a", "1.txt")]
+    assert len(where("a", "b", exact=False)) == 4
+
+
+RECORDS = [{"text": "first", "x": 1}, {"text": "ünïcode\nlines"}, {"text": "third"}]
+
+
+def jsonl(tmp_path, content: bytes, suffix="", limit=1 << 20) -> list[Document | SetAside]:
+    path = tmp_path / f"d.jsonl{suffix}"
+    path.write_bytes(content)
+    return list(read_source(JsonlSource(name="j", path=str(path)), 0, limit))
+
+
+@pytest.mark.parametrize("suffix, pack", [("", lambda b: b), (".gz", gzip.compress), (".zst", zstandard.compress),
+                                          (".zst", lambda b: zstandard.compress(b[:30]) + zstandard.compress(b[30:]))])
+def test_jsonl_is_read_plain_and_compressed_and_each_document_found_again(tmp_path, suffix, pack):
+    plain = "".join(json.dumps(r, ensure_ascii=i != 1) + "\n" for i, r in enumerate(RECORDS)).encode()
+    found = jsonl(tmp_path, pack(plain), suffix)
+    assert [d.text.decode() for d in found] == [r["text"] for r in RECORDS]
+    for document in found:
+        at = document.provenance["offset"]
+        assert json.loads(plain[at:].split(b"\n")[0])["text"] == document.text.decode()
+        assert json.loads(plain.split(b"\n")[document.provenance["line"] - 1])["text"] == document.text.decode()
+
+
+@pytest.mark.parametrize("line, reason", [
+    (b'{"text": "caf\xe9"}', "not_utf8"), (b'{"text": "\\ud800"}', "not_utf8"), (b'{"text": ', "bad_json"),
+    (b'{"txt": "a"}', "no_text"), (b'{"text": 3}', "no_text"), (b"[1]", "no_text"), (b'{"text": " \\n"}', "empty"),
+    (b'{"text": "' + b"a" * 200 + b'"}', "too_large"), (b'{"text": "' + b"a" * (2 << 20) + b'"}', "too_large")])
+def test_a_bad_line_is_set_aside_and_the_next_one_read(tmp_path, line, reason):
+    before, bad, after = jsonl(tmp_path, b'{"text": "a"}\n' + line + b'\n{"text": "b"}', limit=100)
+    assert (before.text, after.text) == (b"a", b"b")
+    assert (bad.reason, bad.provenance["line"], bad.provenance["offset"]) == (reason, 2, 14)
+    assert after.provenance["line"] == 3
+
+
+@pytest.mark.parametrize("suffix, pack", [(".gz", gzip.compress), (".zst", zstandard.compress)])
+def test_a_compressed_file_cut_short_gives_what_is_whole_and_is_named(tmp_path, suffix, pack):
+    import random
+    draw = random.Random(0)
+    lines = [json.dumps({"text": f"{i} {draw.random()}"}) for i in range(20_000)]
+    packed = pack("\n".join(lines).encode())
+    found = jsonl(tmp_path, packed[:len(packed) // 2], suffix)
+    assert isinstance(found[-1], SetAside)
+    assert (found[-1].reason, found[-1].provenance["path"]) == ("unreadable", f"d.jsonl{suffix}")
+    texts = [json.loads(line)["text"].encode() for line in lines]
+    assert [d.text for d in found[:-1]] == texts[:len(found) - 1]
+    assert jsonl(tmp_path, b"no archive", suffix)[-1].reason == "unreadable"
+
+
+def test_limits_stop_a_source(tmp_path):
+    for i in range(9):
+        (tmp_path / f"{i}.txt").write_text("x" * 10)
+    def count(**limits):
+        return len(list(read_source(FolderSource(name="t", path=str(tmp_path), **limits), 0, 1 << 20)))
+    assert (count(), count(max_documents=4), count(max_bytes=35)) == (9, 4, 3)
+
+
+def test_the_standard_library_is_this_interpreters_without_installed_packages():
+    texts = {item.provenance["path"]: getattr(item, "text", b"") for item in read_source(StdlibSource(), 0, 1 << 26)}
+    names = list(texts)
+    assert names == sorted(names)
+    assert {"abc.py", "json/decoder.py", "typing.py"} <= set(names)
+    assert not any("site-packages" in n or "dist-packages" in n for n in names)
+    assert texts["abc.py"] == (Path(sysconfig.get_paths()["stdlib"]) / "abc.py").read_bytes()
