@@ -11,12 +11,13 @@ from types import TracebackType
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from pretrain.config.run import ResolvedBatch
 from pretrain.data.batch import Batch, SampleSource
 from pretrain.data.mixture import pack
 from pretrain.data.order import GlobalOrder
+from pretrain.data.transfer import HAS_MEMFD, Parcel
 from pretrain.errors import DataCorruption, PretrainError, UserError
 
 
@@ -52,12 +53,12 @@ class _Failure:
     line: str
 
 
-_Rows = dict[str, torch.Tensor] | _Failure
+_Rows = dict[str, torch.Tensor] | Parcel | _Failure
 _IDS = "sample_ids"
 
 
 class _RankRows(Dataset[_Rows]):
-    """k -> the rows of one rank in batch k. Plain tensors, so that few file descriptors cross between processes."""
+    """k -> the rows of one rank in batch k."""
 
     def __init__(self, source: SampleSource, order: GlobalOrder, start: int, stop: int) -> None:
         self.source, self.order, self.start, self.stop = source, order, start, stop
@@ -69,7 +70,8 @@ class _RankRows(Dataset[_Rows]):
             # Through a process boundary only class and text would survive, wrapped in a traceback.
             kinds: tuple[type[PretrainError], ...] = (DataCorruption, UserError, PretrainError)
             return _Failure(next(kind for kind in kinds if isinstance(error, kind)), str(error))
-        return {_IDS: batch.sample_ids, **batch.tensors}
+        tensors = {_IDS: batch.sample_ids, **batch.tensors}
+        return Parcel(tensors) if HAS_MEMFD and get_worker_info() else tensors
 
 
 def _start_worker(number: int) -> None:
@@ -121,6 +123,7 @@ class UpdateLoader:
                                 "(killed, or out of memory); lower data.workers or data.prefetch") from error
         if isinstance(rows, _Failure):
             raise rows.kind(rows.line)
+        assert isinstance(rows, dict)  # a parcel arrives as what it holds
         whole = Batch(rows.pop(_IDS), rows)
         size = self._micro_batch_size
         update = Update(self._next_k, [whole.rows(at, at + size) for at in range(0, len(whole), size)])
