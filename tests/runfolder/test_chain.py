@@ -23,7 +23,7 @@ def publish(folder: RunFolder, step: int, fence: int) -> None:
     (path / "manifest.json").write_text("{}")
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(st.data())
 def test_checkpoints_follow_the_chain(data):
     root = Path(tempfile.mkdtemp())

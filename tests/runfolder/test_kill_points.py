@@ -96,14 +96,18 @@ def publish(folder: RunFolder, fence: int, step: int, point: bool = True) -> Non
         folder.write_pointer("latest", ref)
 
 
-def started(root: Path) -> None:
-    """A run folder with one checkpoint whose holder is dead."""
+@pytest.fixture(scope="module")
+def started(tmp_path_factory):
+    """Lays a run folder with one checkpoint, whose holder is dead, wherever it is told to."""
+    template = tmp_path_factory.mktemp("template") / "run"
+
     def first() -> None:
-        folder = RunFolder.create(root)
+        folder = RunFolder.create(template)
         lease = Lease.acquire(folder)
         lease.set_fresh()
         publish(folder, lease.fence, 10)
     assert not died_at(10**6, first)
+    return lambda root: shutil.copytree(template, root)
 
 
 def hidden(root: Path) -> list[Path]:
@@ -121,7 +125,7 @@ def test_a_replaced_file_is_old_or_new(tmp_path):
         assert all(is_temporary(path.name) for path in root.iterdir() if path.name != "file")
 
 
-def test_a_checkpoint_is_complete_or_invisible(tmp_path):
+def test_a_checkpoint_is_complete_or_invisible(tmp_path, started):
     seen = set()
     for root, died in each_death(tmp_path, started, lambda root: publish(RunFolder(root), 1, 20)):
         folder = RunFolder(root)
@@ -138,7 +142,7 @@ def test_a_checkpoint_is_complete_or_invisible(tmp_path):
     assert seen == {(10,), (20, 10)}
 
 
-def test_a_killed_claim_never_blocks_the_next_start(tmp_path):
+def test_a_killed_claim_never_blocks_the_next_start(tmp_path, started):
     def whole_life(root: Path) -> None:
         lease = Lease.acquire(RunFolder(root))
         lease.heartbeat()
@@ -154,7 +158,7 @@ def test_a_killed_claim_never_blocks_the_next_start(tmp_path):
         assert [ref.step for ref in folder.checkpoints()] == [10]
 
 
-def test_a_checkpoint_being_deleted_is_whole_or_gone(tmp_path):
+def test_a_checkpoint_being_deleted_is_whole_or_gone(tmp_path, started):
     seen = set()
     for root, died in each_death(tmp_path, started, lambda root: delete(RunFolder(root).checkpoints()[0])):
         folder = RunFolder(root)
@@ -170,7 +174,7 @@ def test_a_checkpoint_being_deleted_is_whole_or_gone(tmp_path):
     assert seen == {0, 1}
 
 
-def test_status_is_always_readable(tmp_path):
+def test_status_is_always_readable(tmp_path, started):
     def prepare(root: Path) -> None:
         started(root)
         Status(1, step=10).write(RunFolder(root))
@@ -181,7 +185,7 @@ def test_status_is_always_readable(tmp_path):
         assert status.step in ({10, 20} if died else {20})
 
 
-def test_a_request_is_taken_once_or_lost_but_never_twice(tmp_path):
+def test_a_request_is_taken_once_or_lost_but_never_twice(tmp_path, started):
     def prepare(root: Path) -> None:
         started(root)
         control.request(RunFolder(root), "save")
@@ -192,13 +196,13 @@ def test_a_request_is_taken_once_or_lost_but_never_twice(tmp_path):
         assert control.poll(RunFolder(root)) == {}
 
 
-def test_a_killed_request_is_whole_or_absent(tmp_path):
+def test_a_killed_request_is_whole_or_absent(tmp_path, started):
     for root, died in each_death(tmp_path, started, lambda root: control.request(RunFolder(root), "reload_lr", "3e-4")):
         taken = control.poll(RunFolder(root))
         assert taken in ({}, {"reload_lr": "3e-4"}) if died else taken == {"reload_lr": "3e-4"}
 
 
-def test_everything_is_flushed_before_its_name_appears(tmp_path, monkeypatch):
+def test_everything_is_flushed_before_its_name_appears(tmp_path, monkeypatch, started):
     """A power cut, unlike a kill, loses what was not flushed: at each rename all that it publishes must be flushed."""
     started(tmp_path / "run")
     flushed: set[str] = set()
