@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pretrain.cli.data_at import at
 from pretrain.cli.options import JsonOption
+from pretrain.cli.text import excerpt
 
 if TYPE_CHECKING:
     from data_prep.stats import SplitStats
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, help="Look into prepared data.")
+app.command()(at)
 
 DatasetArgument = Annotated[Path, typer.Argument(metavar="DIR", help="Dataset folder written by `pretrain prep`.")]
 
@@ -100,10 +103,4 @@ def peek(
                    f"{json.dumps(document.provenance, ensure_ascii=False)}")
         ids = document.tokens.tolist()
         text = tokenizer.decode(ids, skip_special_tokens=False) if tokenizer else " ".join(map(str, ids))
-        shown = text[:chars] if chars else text
-        typer.echo(_printable(shown) + (f" [... {len(text) - len(shown):,} more]" if len(shown) < len(text) else ""))
-
-
-def _printable(text: str) -> str:
-    """The text with control characters spelled out: data must not steer the terminal."""
-    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+        typer.echo(excerpt(text, chars))
