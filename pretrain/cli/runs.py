@@ -38,7 +38,10 @@ def ls(directory: Annotated[Path, typer.Argument(help="folder of run folders, or
         total = f"/{row['total_steps']}" if row["total_steps"] else ""
         table.add_row(row["name"], row["state"], f"{row['step']}{total}", _number(row["loss"], ".4f"),
                       _number(row["tokens_per_second"], ",.0f"), _age(row["age_seconds"]), _size(row["bytes"]))
-    Console().print(table if rows else f"{directory}: no runs")
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)  # in a pipe rich would cut at 80
+    console.print(table if rows else f"{directory}: no runs")
 
 
 def _run_folders(directory: Path) -> list[Path]:

@@ -13,7 +13,7 @@ from rich.progress import Progress as RichProgress
 
 from pretrain.monitor.rows import Value
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("pretrain.train")
 Mode = Literal["auto", "bar", "lines", "off"]
 
 
@@ -55,7 +55,7 @@ def format_line(row: Mapping[str, Value], total_steps: int) -> str:
 
 def _parts(row: Mapping[str, Value]) -> list[str]:
     shapes = (("loss", "loss {:.4f}"), ("lr", "lr {:.2e}"), ("tokens_per_second", "{:,.0f} tok/s"),
-              ("grad_norm", "grad {:.3g}"), ("skipped", "skipped {:d}"))
+              ("grad_norm", "grad {:.3g}"), ("skipped", "skipped {:.0f}"))
     parts = [shape.format(row[key]) for key, shape in shapes if isinstance(row.get(key), (int, float))]
     eta = row.get("eta_seconds")
     if isinstance(eta, (int, float)) and math.isfinite(eta):

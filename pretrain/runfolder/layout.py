@@ -24,6 +24,8 @@ TRASH = ".trash-"
 """Prefix of what is being deleted."""
 CLAIM = ".claim-"
 """Prefix of a lease that is being claimed."""
+PROBE = ".probe-"
+"""Prefix of files that only ask the filesystem a question."""
 _REQUEST_AGE = 600.0
 """Seconds after which a half-written control request is thought abandoned."""
 
@@ -61,7 +63,7 @@ class RunFolder:
         try:
             for path in (folder.lease_dir, folder.checkpoints_dir, folder.control_dir):
                 path.mkdir(parents=True, exist_ok=True)
-            probe = folder.root / f".probe-{os.getpid()}"
+            probe = folder.root / f"{PROBE}{os.getpid()}"
             probe.touch()
             probe.unlink()
         except OSError as error:
@@ -209,7 +211,7 @@ class RunFolder:
         found = [path for path in self.checkpoints_dir.iterdir() if path.name.startswith(TRASH)
                  or ((match := _UNFINISHED.fullmatch(path.name)) and int(match.group(1)) <= fence)]
         found += self.checkpoints_dir.glob(f"*/{READERS}/{CONDEMNED}")
-        found += [path for path in self.lease_dir.iterdir() if path.name.startswith(CLAIM)]
+        found += [*self.root.glob(PROBE + "*"), *self.lease_dir.glob(PROBE + "*"), *self.lease_dir.glob(CLAIM + "*")]
         for parent in (self.root, self.checkpoints_dir, *self.lease_dir.iterdir()):
             found += [path for path in parent.glob(".*") if is_temporary(path.name)]
         oldest = time.time() - _REQUEST_AGE

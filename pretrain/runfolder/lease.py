@@ -21,7 +21,7 @@ from pathlib import Path
 
 from pretrain.errors import UserError
 from pretrain.runfolder.holder import FRESH, Holder, ProcessId, ResumedFrom, SlurmJob, fences
-from pretrain.runfolder.layout import CLAIM, RunFolder
+from pretrain.runfolder.layout import CLAIM, PROBE, RunFolder
 from pretrain.runfolder.publish import fsync
 
 log = logging.getLogger(__name__)
@@ -168,7 +168,7 @@ def _beat(lease_dir: Path, fence: int) -> float:
 
 def _silent(lease_dir: Path, fence: int, lease_timeout: float) -> bool:
     """Whether the last heartbeat is further from now than `lease_timeout`, in either direction of a jumping clock."""
-    probe = lease_dir / f".probe-{os.getpid()}-{os.urandom(4).hex()}"
+    probe = lease_dir / f"{PROBE}{os.getpid()}-{os.urandom(4).hex()}"
     try:
         probe.touch()
         now = probe.stat().st_mtime

@@ -144,7 +144,7 @@ def test_a_checkpoint_is_complete_or_invisible(tmp_path, started):
 
 def test_a_killed_claim_never_blocks_the_next_start(tmp_path, started):
     def whole_life(root: Path) -> None:
-        lease = Lease.acquire(RunFolder(root))
+        lease = Lease.acquire(RunFolder.create(root))
         lease.heartbeat()
         lease.set_resumed_from(10, 1, "0" * 64)
         lease.release()
@@ -154,7 +154,10 @@ def test_a_killed_claim_never_blocks_the_next_start(tmp_path, started):
         for fence in fences(folder.lease_dir):
             assert Holder.read(folder.lease_dir / str(fence)) is not None
         before = fences(folder.lease_dir)
-        assert Lease.acquire(folder).fence == before[-1] + 1
+        lease = Lease.acquire(folder)
+        assert lease.fence == before[-1] + 1
+        folder.clean_temporaries(lease.fence)
+        assert hidden(root) == []
         assert [ref.step for ref in folder.checkpoints()] == [10]
 
 
