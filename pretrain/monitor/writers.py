@@ -142,7 +142,7 @@ class _TensorBoard:
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
         self._event, self._summary = event_pb2, summary_pb2
         self._failed = False
-        self._writer: Any = EventFileWriter(str(folder.tensorboard_dir), flush_secs=10)
+        self._writer: Any = EventFileWriter(str(folder.tensorboard_dir), max_queue_size=1000, flush_secs=10)
         holder = Holder.read(folder.lease_dir / str(fence))
         if holder is not None and holder.resumed_from is not None:  # hides what earlier files say of later steps
             start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)

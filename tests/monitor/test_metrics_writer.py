@@ -130,7 +130,7 @@ def test_the_table_equals_the_record(tmp_path_factory, written):
 
 
 def test_a_full_disk_costs_rows_and_not_the_run(tmp_path):
-    """The limit on file size stands for a full disk. Room that comes back is used again; the torn row is passed over."""
+    """The limit on file size is our full disk. Room that comes back is used again, a torn row is passed over."""
     folder, fence = started(tmp_path)
     writer = MetricsWriter(folder, ("step",), False, None, fence)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
