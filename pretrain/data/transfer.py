@@ -29,7 +29,7 @@ class Parcel:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy the tensors into a new memfd; pickled is only its descriptor."""
-        arrays = {name: np.ascontiguousarray(tensor.numpy()) for name, tensor in self._tensors.items()}
+        arrays = {name: tensor.contiguous().numpy() for name, tensor in self._tensors.items()}
         layout, size = [], 0
         for name, array in arrays.items():
             layout.append((name, array.dtype.str, array.shape, size))

@@ -10,7 +10,8 @@ from data_prep.shards import ShardWriter, token_dtype
 
 
 def write_dataset(folder: Path, splits: dict[str, Sequence[np.ndarray]], *, block_tokens: int = 16,
-                  blocks_per_shard: int | None = None, vocab_size: int = 5000) -> Manifest:
+                  blocks_per_shard: int | None = None, vocab_size: int = 5000,
+                  provenance: dict | None = None) -> Manifest:
     """A dataset of the given documents (each an array of ids) by split."""
     folder.mkdir(parents=True)
     records = {}
@@ -19,7 +20,7 @@ def write_dataset(folder: Path, splits: dict[str, Sequence[np.ndarray]], *, bloc
                          blocks_per_shard=blocks_per_shard) as writer:
             for number, tokens in enumerate(documents):
                 writer.push(tokens, utf8_bytes=4 * len(tokens), source=0, doc_hash=number,
-                            provenance={"document": number})
+                            provenance=provenance or {"document": number})
         records[name] = writer.record
     return write_manifest(folder, Manifest(
         tokenizer_sha256=None, dtype="<u2" if vocab_size <= 1 << 16 else "<u4", block_tokens=block_tokens, eos_id=0,
