@@ -29,7 +29,7 @@ class Progress:
         self._bar: RichProgress | None = None
         if mode == "bar":
             self._bar = RichProgress(BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.fields[line]}"),
-                                     console=console)
+                                     console=console, refresh_per_second=2)
             self._task = self._bar.add_task("", total=total_steps, line="")
             self._bar.start()
 
