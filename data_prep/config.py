@@ -41,7 +41,7 @@ class FolderSource(SourceBase):
 
     kind: Literal["text"] = "text"
     path: str = Field(description="a folder, or one file")
-    glob: str = Field("**/*.txt", description="which files of the folder; ** goes through subfolders")
+    glob: str = Field("**/*.txt", description="which files; ** goes through subfolders, hidden files never")
 
 
 class JsonlSource(SourceBase):
@@ -49,7 +49,7 @@ class JsonlSource(SourceBase):
 
     kind: Literal["jsonl"] = "jsonl"
     path: str = Field(description="a folder, or one file")
-    glob: str = Field("**/*.jsonl*", description="which files of the folder; ** goes through subfolders")
+    glob: str = Field("**/*.jsonl*", description="which files; ** goes through subfolders, hidden files never")
     text_field: str = Field("text", description="key of the document's text")
 
 

@@ -30,6 +30,11 @@ _tokenizer: tuple[Tokenizer, int]
 """Of a worker process, set once when it starts: a pool offers no other place."""
 
 
+def available_cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _start_worker(path: Path, eos: int) -> None:
     global _tokenizer
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends us in order

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import platform
 import shutil
@@ -15,7 +16,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from data_prep.config import TRAIN, JsonlSource, PrepConfig, StdlibSource
-from data_prep.encode import encode_documents
+from data_prep.encode import available_cores, encode_documents
 from data_prep.files import canonical_json, publish, temporary_name
 from data_prep.manifest import MANIFEST, TOKENIZER, Manifest, SplitRecord, write_manifest
 from data_prep.progress import Reporter, Silent
@@ -34,6 +35,7 @@ from pretrain.errors import ConfigError, UserError
 from pretrain.runfolder.publish import fsync, hash_file
 
 QUARANTINE = "quarantine.jsonl"
+log = logging.getLogger(__name__)
 
 
 def prepare(config: PrepConfig, *, overwrite: bool = False, reporter: Reporter | None = None) -> Manifest:
@@ -217,14 +219,22 @@ def _require_train(documents: int, tally: Tally) -> None:
 
 
 def _total_bytes(config: PrepConfig) -> int | None:
-    """Bytes of text the sources hold at most; None where that shows only in reading."""
-    total = 0
+    """Bytes of text the sources hold at most; None where that shows only in reading.
+
+    Raises ConfigError for a source without files, or one that would read the dataset about to be replaced.
+    """
+    out = Path(config.out).resolve()
+    total: int | None = 0
     for number, source in enumerate(config.sources):
-        files = source_files(source, f"sources.{number}")
+        files = [path for _, path in source_files(source, f"sources.{number}")]
+        inside = next((path for path in files if path.resolve().is_relative_to(out)), None)
+        if inside is not None:
+            raise ConfigError(f"sources.{number}", f"{inside} lies inside the dataset folder {out}")
         if source.max_documents is not None or isinstance(source, JsonlSource):
-            return None
-        size = sum(path.stat().st_size for _, path in files)
-        total += min(size, source.max_bytes or size)
+            total = None
+        elif total is not None:
+            size = sum(path.stat().st_size for path in files)
+            total += min(size, source.max_bytes or size)
     return total
 
 
@@ -240,12 +250,13 @@ def _write_splits(config: PrepConfig, folder: Path, eos: int, dtype: Any, tally:
         def kept() -> Iterator[Kept]:
             for item in select(config, tally):
                 if isinstance(item, SetAside):
+                    log.debug("set aside %s: %s, %s", item.provenance, item.reason, item.detail)
                     line = item.provenance | {"reason": item.reason, "detail": item.detail}
                     quarantine.write(canonical_json(line) + b"\n")
                 else:
                     yield item
 
-        workers = config.workers or len(os.sched_getaffinity(0))
+        workers = config.workers or available_cores()
         encoded = stack.enter_context(closing(encode_documents(kept(), folder / TOKENIZER, eos, workers)))
         for item, tokens in encoded:
             document = item.document

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import sysconfig
 import zlib
 from collections.abc import Iterator
@@ -51,17 +52,23 @@ def source_files(source: SourceConfig, key: str) -> list[tuple[str, Path]]:
     if not root.exists():
         raise ConfigError(f"{key}.path", f"{root} does not exist")
     if root.is_file():
-        return [(root.name, root)]
+        return [(_spelled(Path(root.name)), root)]
     pattern = "**/*.py" if isinstance(source, StdlibSource) else source.glob
     try:
         found = [(p.relative_to(root), p) for p in root.glob(pattern) if p.is_file()]
     except (ValueError, NotImplementedError) as error:
         raise ConfigError(f"{key}.glob", f'"{pattern}" is no pattern below {root} ({error})') from None
+    found = [(name, p) for name, p in found if not any(part.startswith(".") for part in name.parts)]
     if isinstance(source, StdlibSource):
         found = [(name, p) for name, p in found if SKIPPED_FOLDERS.isdisjoint(name.parts)]
     if not found:
         raise ConfigError(f"{key}.glob", f'no file in {root} matches "{pattern}"')
-    return sorted((name.as_posix(), p) for name, p in found)
+    return sorted((_spelled(name), p) for name, p in found)
+
+
+def _spelled(name: Path) -> str:
+    """A path as text. File names are any bytes, provenance is JSON: what is not UTF-8 is escaped."""
+    return os.fsencode(name.as_posix()).decode(errors="backslashreplace")
 
 
 def read_source(source: SourceConfig, number: int, max_document_bytes: int) -> Iterator[Document | SetAside]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from data_prep.encode import available_cores
 from data_prep.manifest import TOKENIZER, Manifest
 from data_prep.shards import verify_shard
 from data_prep.tokenizer import TOKEN_BYTES, load_tokenizer, token_bytes
@@ -50,7 +50,7 @@ def verify_dataset(folder: Path, sample: float = 1.0, seed: int = 0) -> Report:
         drawn = rng.permutation(split.n_shards)[:int(np.ceil(sample * split.n_shards))]
         paths = [(split.tar_path(int(i)), split.table[i]) for i in np.sort(drawn)]
         todo += [(path, row) for path, row in paths if str(path) not in named]
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(available_cores()) as pool:
         faults += [fault for fault in pool.map(lambda pair: verify_shard(*pair), todo) if fault is not None]
     return Report(faults, len(todo), sum(int(row["bytes"]) for _, row in todo))
 

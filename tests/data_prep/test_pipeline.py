@@ -19,7 +19,7 @@ from data_prep.manifest import Manifest
 from data_prep.pipeline import prepare
 from data_prep.select import Splitter, digest_of
 from data_prep.stats import split_stats, stored_documents
-from pretrain.errors import UserError
+from pretrain.errors import ConfigError, UserError
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -175,7 +175,7 @@ def test_a_killed_run_leaves_no_half_dataset_and_the_next_one_is_whole(dataset, 
     script = tmp_path / "killed.py"
     script.write_text(SCRIPT)
     # The pipe closes when the last process that holds it is gone: a worker left behind is a timeout here.
-    done = subprocess.run([sys.executable, str(script), config.model_dump_json(), place], timeout=60, check=False,
+    done = subprocess.run([sys.executable, str(script), config.model_dump_json(), place], timeout=150, check=False,
                           env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}, capture_output=True)
     assert done.returncode == -9
     with pytest.raises(UserError, match="no dataset here"):
@@ -217,6 +217,18 @@ def test_bad_input_is_one_line_and_leaves_nothing(make_config, corpus, dataset, 
     with pytest.raises(UserError, match=message):
         prepare(make_config(tmp_path / "d", **json.loads(text)))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_source_never_reads_the_dataset_it_makes(make_config, tmp_path):
+    (tmp_path / "notes.txt").write_text("words " * 50)
+    (tmp_path / "more.jsonl").write_text('{"text": "more words"}\n{"text": broken\n')
+    source = {"kind": "jsonl", "name": "all", "path": str(tmp_path)}
+    config = make_config(tmp_path / "d", sources=[source], splits={})
+    assert prepare(config).splits["train"].docs == 1
+    assert (tmp_path / "d" / "quarantine.jsonl").stat().st_size > 0
+    with pytest.raises(ConfigError, match=r"sources\.0: .*quarantine.jsonl lies inside the dataset"):
+        prepare(config, overwrite=True)
+    assert Manifest.load(tmp_path / "d").splits["train"].docs == 1
 
 
 @pytest.mark.parametrize("changes, message", [

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import sysconfig
 from pathlib import Path
 
@@ -126,6 +127,15 @@ def test_limits_stop_a_source(tmp_path):
     def count(**limits):
         return len(list(read_source(FolderSource(name="t", path=str(tmp_path), **limits), 0, 1 << 20)))
     assert (count(), count(max_documents=4), count(max_bytes=35)) == (9, 4, 3)
+
+
+def test_hidden_files_are_left_out_and_any_file_name_is_kept(tmp_path):
+    for name in (b".hidden/a.txt", b"b/.c.txt", b"b/d.txt", b"caf\xe9.txt", "ä.txt".encode()):
+        path = tmp_path / os.fsdecode(name)
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("text")
+    names = [d.provenance["path"] for d in read_source(FolderSource(name="t", path=str(tmp_path)), 0, 1 << 20)]
+    assert names == ["b/d.txt", "caf\\xe9.txt", "ä.txt"]
 
 
 def test_the_standard_library_is_this_interpreters_without_installed_packages():
