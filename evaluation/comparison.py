@@ -19,18 +19,17 @@ class Row:
     ours: bool = False
 
 
-def comparison(results: Results, train_tokens: int | None = None, prefix: str = "val") -> list[Row]:
+def comparison(results: Results, prefix: str = "val") -> list[Row]:
     """The model first, then the baselines at equal tokens and on the full split, by order.
 
     Args:
         results: of the task `perplexity`; others give no rows.
-        train_tokens: labelled tokens the model was trained on, where known.
         prefix: of the metrics' names.
     """
     metrics = results.metrics
     if f"{prefix}/loss" not in metrics:
         return []
-    rows = [Row("model", train_tokens, metrics[f"{prefix}/loss"], metrics[f"{prefix}/perplexity"],
+    rows = [Row("model", results.train_tokens, metrics[f"{prefix}/loss"], metrics[f"{prefix}/perplexity"],
                 metrics.get(f"{prefix}/bits_per_byte"), ours=True)]
     for record in sorted(results.baselines, key=lambda b: (b.scope != "equal tokens", b.order)):
         rows.append(Row(record.label, record.train_tokens, *_figures(record)))

@@ -54,6 +54,17 @@ class ReportData:
         found = [r for r in self.results if r.task == "perplexity"]
         return max(found, key=lambda r: (r.step or 0, bool(r.baselines), r.created), default=None)
 
+    def headline(self, key: str) -> tuple[float, tuple[float, float] | None] | None:
+        """(value, 95% interval) of a metric: of the newest evaluation, else of the last validation in training."""
+        main = self.main_result()
+        if main is not None:
+            metric = main.metrics.get(key)
+            return None if metric is None else (metric.value, metric.ci)
+        last = {part: self.column(key + part)[1][-1:] for part in ("", "/low", "/high")}
+        if not last[""]:
+            return None
+        return last[""][0], (last["/low"][0], last["/high"][0]) if last["/low"] and last["/high"] else None
+
     def column(self, key: str) -> tuple[list[float], list[float]]:
         """(steps, values) of the rows that hold a number at `key`."""
         pairs = [(float(row["step"]), float(row[key])) for row in self.rows
@@ -103,6 +114,6 @@ def _starts(folder: RunFolder) -> list[Start]:
 def _skipped(folder: RunFolder) -> list[int]:
     """Skipped global batches, as the newest checkpoint that counts records them."""
     for ref in folder.checkpoints():
-        state = _json(ref.path / "state.json").get("state", {})
-        return [int(k) for k in state.get("skipped", [])]
+        health = _json(ref.path / "state.json").get("health", {})
+        return [int(k) for k in health.get("bad_steps", {}).get("skipped", [])]
     return []

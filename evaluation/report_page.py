@@ -31,7 +31,7 @@ TIME = "time/"
 def page(data: ReportData, created: str) -> str:
     """The whole document."""
     main = data.main_result()
-    rows = comparison(main, trained_tokens(data)) if main else []
+    rows = comparison(main) if main else []
     sections = [_head(data, main), _results(rows, main), _training(data, rows), _time(data), _samples(data),
                 _events(data), _facts("Environment", _flat(data.environment)), _config(data.config_text)]
     assets = files("evaluation").joinpath("assets")
@@ -63,16 +63,16 @@ def _head(data: ReportData, main: Results | None) -> str:
     facts = [str(model.get("family", "")), main and f"step {main.step}", status and status.reason]
     subtitle = " · ".join(str(f) for f in facts if f)
     figures = []
-    if main:
-        names = {"val/loss": ("validation loss", 3), "val/perplexity": ("perplexity", 2),
-                 "val/bits_per_byte": ("bits per byte", 3)}
-        for key, (label, digits) in names.items():
-            metric = main.metrics.get(key)
-            if metric:
-                ci = f"95%: {metric.ci[0]:.{digits}f} – {metric.ci[1]:.{digits}f}" if metric.ci else ""
-                figures.append(_figure(label, f"{metric.value:.{digits}f}", ci))
-        if "parameters" in main.model:
-            figures.append(_figure("parameters", short_number(main.model["parameters"]), ""))
+    names = {"val/loss": ("validation loss", 3), "val/perplexity": ("perplexity", 2),
+             "val/bits_per_byte": ("bits per byte", 3)}
+    for key, (label, digits) in names.items():
+        found = data.headline(key)
+        if found is not None:
+            value, ci = found
+            spread = f"95%: {ci[0]:.{digits}f} – {ci[1]:.{digits}f}" if ci else ""
+            figures.append(_figure(label, f"{value:.{digits}f}", spread))
+    if main and "parameters" in main.model:
+        figures.append(_figure("parameters", short_number(main.model["parameters"]), ""))
     tokens, speed = trained_tokens(data), data.column("tokens_per_second")[1]
     if tokens:
         figures.append(_figure("tokens seen", short_number(tokens), f"{int(data.column('step')[1][-1]):,} steps"))

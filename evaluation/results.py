@@ -67,6 +67,7 @@ class Results(Section):
     target: str = Field(description="what was evaluated, as given")
     model: dict[str, Any] = Field(default_factory=dict, description="family, parameters")
     step: int | None = Field(None, description="optimizer updates of the evaluated weights")
+    train_tokens: int | None = Field(None, description="tokens the model was trained on, repeats included")
     weights_sha256: str | None = Field(None, description="hash of the checkpoint's manifest or of the weights file")
     dataset: dict[str, Any] = Field(default_factory=dict, description="path, split, fingerprint")
     dtype: str = Field(description="dtype of weights and activations")

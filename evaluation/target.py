@@ -199,6 +199,8 @@ def register_families() -> None:
 
 def _from_pretrained(path: Path, dtype: str, device: torch.device, trust_remote_code: bool) -> Target:
     register_families()
+    provenance = read_provenance(path)
+    check_files(path, provenance)
     if not any(path.glob("*.safetensors")):
         raise UserError(f"{path}: has no .safetensors file; pickled weights are not loaded here, convert them first")
     try:
@@ -215,7 +217,6 @@ def _from_pretrained(path: Path, dtype: str, device: torch.device, trust_remote_
     model = model.to(device).eval()
     ours = type(model).__module__.startswith("pretrain.models.")
     file = path / TOKENIZER
-    provenance = read_provenance(path)
     eos = model.generation_config.eos_token_id if model.generation_config is not None else config.eos_token_id
     return Target(
         path, "export" if provenance else "huggingface", model, model if ours else PlainCausalLM(model).eval(), dtype,
@@ -233,6 +234,15 @@ def read_provenance(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise DataCorruption(f"{folder / PROVENANCE}: cannot be read ({error})") from None
     return stated
+
+
+def check_files(folder: Path, provenance: dict[str, Any]) -> None:
+    """Hold an export to the hashes it was published with. Raises DataCorruption naming the first file that differs."""
+    for name, sha256 in provenance.get("files", {}).items():
+        if not (folder / name).is_file():
+            raise DataCorruption(f"{folder / name}: is missing")
+        if hash_file(folder / name) != sha256:
+            raise DataCorruption(f"{folder / name}: does not have the bytes that were exported (SHA-256 differs)")
 
 
 def hash_weights(folder: Path) -> str:

@@ -1,0 +1,195 @@
+"""Evaluations of a finished or running model, outside of training: one process, one results.json each."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from evaluation import perplexity
+from evaluation.baselines import ngram_baselines
+from evaluation.generate import Limits, generate
+from evaluation.perplexity import ValidationData, read_token_bytes
+from evaluation.results import MetricRecord, NGramRecord, Results, TextSample, records
+from evaluation.sampling import Sampling
+from evaluation.target import Target
+from pretrain.config.run import ResolvedBatch
+from pretrain.config.source import DataConfig, ShardsConfig
+from pretrain.data.batch import Batch, SampleSource
+from pretrain.data.open import VALIDATION_SPLIT, eval_batches, open_source
+from pretrain.data.shards import ShardSource
+from pretrain.errors import UserError
+from pretrain.monitor.environment import describe_environment
+
+GATES, GATES_VERSION = "gates", 1
+DEFAULT_BATCH_SIZE = 8
+TEXT_SAMPLING = Sampling(temperature=0.8, top_p=0.95)
+_MAX_SEQ_LEN = 1024
+"""Window where neither run nor user says one and the model takes more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What to evaluate on and how. None takes what the run itself used, where the target is one."""
+
+    data: Path | None = None
+    split: str | None = None
+    seq_len: int | None = None
+    batch_size: int | None = None
+    max_windows: int | None = None
+    baselines: bool = False
+    texts: int = 0
+    prompt_tokens: int = 32
+    sampling: Sampling = TEXT_SAMPLING
+    max_new_tokens: int = 128
+    seed: int = 0
+
+
+def evaluate_perplexity(target: Target, request: Request, command: list[str]) -> Results:
+    """Loss, perplexity, bits per byte and accuracy, with n-gram baselines and texts where asked for.
+
+    On a run's own validation data, without `max_windows`, it evaluates the very windows that training evaluates.
+
+    Raises:
+        UserError: no language model, no data, or data made with another tokenizer.
+    """
+    if target.config is not None and target.config.model.kind != "causal_lm":
+        raise UserError(f"{target.path}: task perplexity needs a causal language model, this is an "
+                        f"{target.config.model.kind}")
+    source, seq_len = open_data(target, request)
+    data = ValidationData(source, read_token_bytes(source))
+    size = request.batch_size or (_batch(target).micro_batch_size if target.config else DEFAULT_BATCH_SIZE)
+    windows = _windows(target, request)
+    batches = list(eval_batches(source, rank=0, world=1, batch_size=size, max_samples=windows))
+    sums = perplexity.tally(target.forward, batches, target.device, data.token_bytes)
+    result = perplexity.figures(sums, has_bytes=data.token_bytes is not None, seed=request.seed)
+    baselines = _baselines(target, batches, data.token_bytes) if request.baselines else []
+    texts = continue_windows(target, source, request) if request.texts else []
+    dataset = {"split": "?", "fingerprint": source.fingerprint, "seq_len": seq_len,
+               "windows": min(windows or len(source), len(source))}
+    if isinstance(source, ShardSource):
+        dataset |= {"path": str(source.manifest.folder), "split": source.split.name,
+                    "fingerprint": source.manifest.fingerprint}
+    return Results(task=perplexity.TASK, task_version=perplexity.VERSION, metrics=records(result), baselines=baselines,
+                   samples=texts, dataset=dataset, batch_size=size, seed=request.seed, **_about(target, command))
+
+
+def evaluate_gates(target: Target, request: Request, command: list[str]) -> Results:
+    """The gates of the model: causality, padding, documents, decode = forward, random tokens."""
+    from pretrain.gates import run_gates
+    seq_len = min(64, target.max_seq_len or 64)
+    outcomes = run_gates(target.forward, vocab_size=target.vocab_size, seq_len=seq_len, seed=request.seed,
+                         device=target.device)
+    passed = [outcome.passed for outcome in outcomes]
+    return Results(
+        task=GATES, task_version=GATES_VERSION, passed=all(passed), batch_size=1, seed=request.seed,
+        metrics={"gates/passed": MetricRecord(value=float(sum(passed)), n=len(passed), higher_is_better=True)},
+        details={o.name: {"passed": o.passed, "message": o.message} for o in outcomes}, **_about(target, command))
+
+
+def open_data(target: Target, request: Request) -> tuple[SampleSource, int]:
+    """(validation windows, their length): of the run, or of `request.data`, whose tokenizer must be the target's."""
+    config = target.config
+    seq_len = request.seq_len or (config.data.seq_len if config else min(target.max_seq_len or _MAX_SEQ_LEN,
+                                                                         _MAX_SEQ_LEN))
+    if target.max_seq_len is not None and seq_len > target.max_seq_len:
+        raise UserError(f"--seq-len {seq_len} is above the {target.max_seq_len} tokens that the model takes")
+    if config is not None and request.data is None and request.split is None:
+        own = config.model_copy(update={"data": config.data.model_copy(update={"seq_len": seq_len})})
+        return ValidationData.open(own).source, seq_len
+    path = request.data or (Path(config.data.source.path) if config and isinstance(config.data.source, ShardsConfig)
+                            else None)
+    if path is None:
+        raise UserError(f"{target.path}: give --data DIR, a dataset prepared with this model's tokenizer")
+    shards = ShardsConfig(path=str(path), split=request.split or VALIDATION_SPLIT)
+    masking = config.data.document_masking if config else True
+    source = open_source(shards, DataConfig(seq_len=seq_len, source=shards, document_masking=masking))
+    assert isinstance(source, ShardSource)
+    check_tokenizer(target, source)
+    return source, seq_len
+
+
+def check_tokenizer(target: Target, source: ShardSource) -> None:
+    """Raise UserError where the data was tokenized with another tokenizer than the model's."""
+    theirs = source.manifest.tokenizer_sha256
+    if target.tokenizer_sha256 is None:
+        if source.manifest.vocab_size > target.vocab_size:
+            raise UserError(f"{source.manifest.folder}: has {source.manifest.vocab_size} token ids, the model "
+                            f"{target.vocab_size}: it was tokenized with another tokenizer")
+    elif theirs is not None and theirs != target.tokenizer_sha256:
+        raise UserError(f"{source.manifest.folder}: was tokenized with another tokenizer ({theirs[:12]}) than "
+                        f"{target.path} uses ({target.tokenizer_sha256[:12]}); prepare it with the model's own")
+
+
+def continue_windows(target: Target, source: SampleSource, request: Request) -> list[TextSample]:
+    """Continue the beginnings of windows spread over the source, as text.
+
+    Raises UserError where the target has no tokenizer.
+    """
+    if target.tokenizer is None:
+        raise UserError(f"{target.path}: has no tokenizer.json, so no text can be written")
+    count = min(request.texts, len(source))
+    ids = np.arange(count, dtype=np.int64) * len(source) // count
+    length = min(request.prompt_tokens, source.get(ids[:1])["input_ids"].shape[1])
+    prompts: list[list[int]] = source.get(ids)["input_ids"][:, :length].tolist()
+    new = generate(target.forward, prompts, Limits(request.max_new_tokens, target.eos_id, target.max_seq_len),
+                   request.sampling, vocab_size=target.vocab_size, device=target.device)
+    decode = target.tokenizer.decode
+    return [TextSample(prompt=decode(p), text=decode(t)) for p, t in zip(prompts, new, strict=True)]
+
+
+def default_folder(target: Target, results: Results) -> Path | None:
+    """Where results of a run or checkpoint go: RUN/eval/step-N-TASK-SPLIT-DTYPE; None for other targets."""
+    if target.run_folder is None:
+        return None
+    split = results.dataset.get("split")
+    parts = [f"step-{results.step}", results.task, *([str(split)] if split else []), results.dtype]
+    own = target.config.data.source if target.config else None
+    if split and isinstance(own, ShardsConfig) and Path(results.dataset.get("path", "")) != Path(own.path):
+        parts.append(str(results.dataset["fingerprint"])[:8])
+    return target.run_folder.eval_dir / "-".join(parts)
+
+
+def _batch(target: Target) -> ResolvedBatch:
+    """The batch equation of the run that wrote the checkpoint."""
+    assert target.config is not None and target.manifest is not None
+    return target.config.batch.resolve(target.manifest.world)
+
+
+def _windows(target: Target, request: Request) -> int | None:
+    """How many windows: as asked, else as many as the run evaluates on its own data, else all."""
+    if request.max_windows is not None or target.config is None or request.data or request.split:
+        return request.max_windows
+    return perplexity.max_samples(target.config.eval.max_batches, _batch(target).global_batch_size)
+
+
+def _baselines(target: Target, batches: list[Batch], token_bytes: np.ndarray | None) -> list[NGramRecord]:
+    if target.config is None:
+        raise UserError(f"{target.path}: n-gram baselines need the training data of a run; give the run")
+    return ngram_baselines(target.config, _batch(target), batches, token_bytes, samples=_samples(target))
+
+
+def _samples(target: Target) -> int:
+    """Windows the weights were trained on."""
+    assert target.manifest is not None
+    return target.manifest.k * _batch(target).global_batch_size
+
+
+def _about(target: Target, command: list[str]) -> dict[str, Any]:
+    """The fields of results that say what was evaluated, where and how."""
+    environment = describe_environment()
+    trained = _samples(target) * target.config.data.seq_len if target.config and target.manifest else None
+    return {
+        "target": str(target.path), "dtype": target.dtype, "command": shlex.join(command),
+        "model": {"family": target.family, "parameters": target.parameters(), "kind": target.kind},
+        "step": target.checkpoint.step if target.checkpoint else target.provenance.get("step"),
+        "train_tokens": trained or target.provenance.get("train_tokens"), "weights_sha256": target.weights_sha256,
+        "host": {**{k: environment[k] for k in ("host", "platform", "python", "packages", "hardware", "source")},
+                 "device": str(target.device), "threads": torch.get_num_threads()},
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }

@@ -1,0 +1,38 @@
+"""Loads an export as a stranger would and reports how far its logits are from stored ones.
+
+Run as `python -P -m evaluation.verify_export FOLDER REFERENCE DTYPE MODULE`. Prints one line of JSON. A native export
+is loaded by transformers alone: MODULE, which registers one of our architectures, is then empty.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
+
+
+def largest_difference(folder: str, reference: str, dtype: str, module: str) -> float:
+    """Largest difference of a logit over the largest stored one; infinite where a logit is not finite."""
+    if module:
+        importlib.import_module(module)
+    stored = load_file(reference)
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtypes[dtype], local_files_only=True,
+                                                       use_safetensors=True, output_loading_info=True)
+    if info["missing_keys"] or info["unexpected_keys"]:
+        raise ValueError(f"missing weights {sorted(info['missing_keys'])}, unknown {sorted(info['unexpected_keys'])}")
+    extra = {"return_logits": True} if module else {}
+    with torch.no_grad():
+        logits = model.eval()(input_ids=stored["input_ids"], **extra).logits.float()
+    difference = (logits - stored["logits"]).abs().max() / stored["logits"].abs().max()
+    return float(difference) if bool(torch.isfinite(logits).all()) else float("inf")
+
+
+if __name__ == "__main__":
+    logging.disable_progress_bar()
+    print(json.dumps({"largest_difference": largest_difference(*sys.argv[1:])}))
