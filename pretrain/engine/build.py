@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from pretrain.config.deepspeed import deepspeed_config
 from pretrain.config.run import Precision, ResolvedBatch, RunConfig
 from pretrain.engine.distributed import World
-from pretrain.engine.traps import float_buffers, quiet, remove_stale_locks, restore_buffers
+from pretrain.engine.traps import float_buffers, quiet, remove_stale_locks, restore_buffers, set_partitioned_master
 from pretrain.models.base import BuildContext, Family, ParamGroup
 
 ZERO3_INIT_PARAMETERS = 500_000_000
@@ -106,7 +106,9 @@ class Engine:
         from deepspeed.utils import safe_set_full_fp32_param
         from deepspeed.runtime.zero import GatheredParameters
         parameter = self.parameter(name)
-        if self.stage and parameter.requires_grad:
+        if parameter.requires_grad and self.stage == 3:
+            set_partitioned_master(parameter, value.to(self.world.device, torch.float32))
+        elif parameter.requires_grad and self.stage:
             safe_set_full_fp32_param(parameter, value.to(self.world.device, torch.float32))
         with GatheredParameters([parameter], modifier_rank=0, enabled=self.stage == 3):
             parameter.data.copy_(value.to(parameter.dtype))

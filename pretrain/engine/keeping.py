@@ -25,13 +25,22 @@ class Keeper:
 
     def save(self, engine: Engine, snapshot: checkpoint.Snapshot, *, best_metric: str | None) -> CheckpointRef:
         """Write a checkpoint; where it is the best by `best_metric`, point at it; then apply retention. Collective."""
-        ref = checkpoint.save(engine, self.folder, self._lease, snapshot)
+        ref = engine.world.on_main(lambda: self._existing(int(snapshot.state["step"])))
+        if ref is None:
+            ref = checkpoint.save(engine, self.folder, self._lease, snapshot)
+            if engine.world.is_main:
+                _log.info("[CHECKPOINT] Saved -> %s", ref.path)
         if engine.world.is_main:
-            _log.info("[CHECKPOINT] Saved -> %s", ref.path)
             if best_metric is not None:
                 self.folder.write_pointer(f"best-{best_metric}", ref)
             self._forget(snapshot.state["best_steps"], ref)
         return ref
+
+    def _existing(self, step: int) -> CheckpointRef | None:
+        """The checkpoint of this step that this process has written already (a stop right after a periodic save)."""
+        assert self._lease is not None
+        ref = self.folder.final_checkpoint(step, self._lease.fence)
+        return ref if ref.path.exists() else None
 
     def _forget(self, best_steps: list[int], latest: CheckpointRef) -> None:
         """Delete what no rule keeps. A failure here never stops training."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -24,6 +25,7 @@ from pretrain.monitor.writers import MetricsWriter
 from pretrain.runfolder.layout import RunFolder
 from pretrain.runfolder.status import Status
 
+_STATUS_SECONDS = 5.0
 _log = logging.getLogger("pretrain")
 
 
@@ -46,6 +48,7 @@ class Reporter:
     _sums: Sums = field(default_factory=dict)
     _grad_norm: float = math.nan
     _lr: float = 0.0
+    _status_written: float = 0.0
 
     @contextmanager
     def aside(self, phase: str) -> Iterator[None]:
@@ -97,8 +100,9 @@ class Reporter:
         _log.info("step %d: %s", state.step, ", ".join(f"{name} {metric.value:.4f}" for name, metric in results.items()))
 
     def write_status(self, state: RunState) -> None:
-        """Bring status.json up to date."""
-        if self.status is not None:
+        """Bring status.json up to date; at most every few seconds, because it is flushed to the disk."""
+        if self.status is not None and time.monotonic() - self._status_written > _STATUS_SECONDS:
+            self._status_written = time.monotonic()
             self.status = replace(self.status, step=state.step, k=state.k).write(self.folder)
 
     def _reduce(self) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ from pretrain.monitor.profiler import StepProfiler
 from pretrain.monitor.progress import Progress
 from pretrain.monitor.throughput import Throughput, peak_flops
 from pretrain.monitor.writers import MetricsWriter, WandbOptions
+from pretrain.runfolder.holder import SlurmJob
 from pretrain.runfolder.layout import CheckpointRef, RunFolder
 from pretrain.runfolder.lease import Lease
 from pretrain.runfolder.publish import hash_file, write_json_atomic, write_text_atomic
@@ -73,7 +75,7 @@ def claim_run(loaded: LoadedConfig, world: World) -> Claim:
         nonlocal lease, status
         folder = RunFolder.create(root)
         before = Status.read(folder)
-        lease = Lease.acquire(folder)
+        lease = Lease.acquire(folder, slurm=SlurmJob.from_environment(os.environ))
         folder.clean_temporaries(lease.fence)
         found = folder.checkpoints() if loaded.config.train.resume == "auto" else []
         resume = found[0] if found else None

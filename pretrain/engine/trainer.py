@@ -64,7 +64,6 @@ class Trainer:
     last_metrics: dict[str, Metric] = field(default_factory=dict)
     probe_inputs: dict[str, torch.Tensor] = field(default_factory=dict)
     """The stored micro-batch of checkpoints; taken from the first update of a fresh run."""
-    _saved_at: int = -1
 
     @property
     def progress(self) -> Progress:
@@ -213,9 +212,8 @@ class Trainer:
         return improved
 
     def _save(self, *, best: bool = False) -> None:
-        if self._saved_at == self.state.k and not best:
-            return
-        self._saved_at = self.state.k
+        if self.reporter.writer is not None:
+            self.reporter.writer.sync()
         with self.reporter.aside("save"):
             snapshot = checkpoint.Snapshot(self.state.to_json(), self.lr.state_dict(), self.health.state_dict(),
                                            dict(self.hooks.state_dict()), self.data_fingerprint, self.probe_inputs, self.hooks.controls(self.state.step))

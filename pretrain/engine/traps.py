@@ -63,6 +63,21 @@ def restore_buffers(module: torch.nn.Module, saved: dict[str, torch.Tensor]) -> 
         owner._buffers[leaf] = value.to(current.device)
 
 
+def set_partitioned_master(parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
+    """Set the fp32 master of a ZeRO-3 parameter on every rank from its whole value.
+
+    DeepSpeed's own setter cuts the value without the padding of the last rank's share and fails wherever the number of
+    elements is not a multiple of the world size.
+    """
+    optimizer = parameter._z3_optimizer  # type: ignore[attr-defined]
+    partition, group = optimizer._get_fp32_opt_state_partition(parameter, release_swap_buffers=False)
+    start = partition.numel() * optimizer._get_param_partition_rank(parameter)
+    own = value.flatten()[start:start + partition.numel()]
+    partition.data[:own.numel()].copy_(own)
+    if optimizer._swappable_optimizer_subgroup(group):
+        optimizer._optimizer_states_and_gradient_swap_out(group)
+
+
 def own_step_tensors(optimizer: torch.optim.Optimizer, weight_decays: Iterable[float]) -> None:
     """Mend a ZeRO-3 universal load, which shares one `step` tensor and gives all groups the first one's decay."""
     for state in optimizer.state.values():

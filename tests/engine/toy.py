@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import Field
@@ -14,6 +15,7 @@ from pretrain.config import registry
 from pretrain.config.model import ModelConfig, ParameterCount
 from pretrain.config.objective import ObjectiveConfig
 from pretrain.config.run import OptimConfig, RunConfig
+from pretrain.config.source import SourceConfig
 from pretrain.data.batch import Batch
 from pretrain.models.base import BuildContext, EncoderOutput, Family, Hooks, LMOutput, ParamGroup, StepContext
 from pretrain.objectives.base import UpdateHandle, UpdateResult
@@ -185,9 +187,39 @@ class ToyContrastive:
         return UpdateResult(float(loss), {"accuracy": float((scores.argmax(1) == target).float().mean())}, True)
 
 
+class UnevenConfig(SourceConfig):
+    kind: Literal["uneven"] = "uneven"
+    samples: int = 512
+
+
+class UnevenSource:
+    """Windows of 16 tokens whose first 0 to 15 labels are ignored: every sample weighs differently."""
+
+    def __init__(self, samples: int) -> None:
+        self.samples = samples
+        self.fingerprint = f"uneven-{samples}"
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def get(self, sample_ids: np.ndarray) -> Batch:
+        rows = [np.random.default_rng([7, int(i)]).integers(0, 64, 17) for i in sample_ids]
+        tokens = torch.from_numpy(np.stack(rows))
+        labels = tokens[:, 1:].clone()
+        ignored = torch.tensor([int(np.random.default_rng([8, int(i)]).integers(0, 16)) for i in sample_ids])
+        labels[torch.arange(16)[None] < ignored[:, None]] = -100
+        return Batch(torch.from_numpy(sample_ids.astype(np.int64)), {"input_ids": tokens[:, :-1].clone(), "labels": labels})
+
+
+def open_uneven(config: UnevenConfig, data: Any) -> UnevenSource:
+    return UnevenSource(config.samples)
+
+
 def register() -> None:
     """Make the toy family and objective known to this process."""
     registry.MODEL_SCHEMAS["toy"] = "tests.engine.toy:ToyConfig"
     registry.FAMILIES["toy"] = "tests.engine.toy:FAMILY"
     registry.OBJECTIVE_SCHEMAS["toy_contrastive"] = "tests.engine.toy:ToyContrastiveConfig"
+    registry.SOURCE_SCHEMAS["uneven"] = "tests.engine.toy:UnevenConfig"
+    registry.SOURCES["uneven"] = "tests.engine.toy:open_uneven"
     registry.OBJECTIVES["toy_contrastive"] = "tests.engine.toy:ToyContrastive"

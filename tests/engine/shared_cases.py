@@ -1,0 +1,134 @@
+"""Cases that are run at several world sizes and compared across them."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pretrain.engine import checkpoint
+from pretrain.engine.distributed import World
+from tests.engine.running import finish, run, start
+
+UNEVEN = {"seq_len": 16, "source": {"kind": "uneven", "samples": 512}}
+"""Samples with 1 to 16 labels each: a mean over micro-batches would differ from the mean over tokens."""
+
+
+def splits(world: World, folder: Path) -> dict[str, list[float]]:
+    """20 losses with the global batch of 8 split over this world, for every stage."""
+    accumulation = 4 // world.size
+    return {str(stage): run(world, folder, f"stage{stage}", data=UNEVEN, engine={"zero_stage": stage},
+                            batch={"global_batch_size": 8, "gradient_accumulation_steps": accumulation})
+            for stage in (0, 1, 2, 3)}
+
+
+def contrastive(world: World, folder: Path) -> dict[str, list[float]]:
+    """20 losses of the update objective; the cache chunk is 1 sample at every world size."""
+    return {str(stage): run(world, folder, f"stage{stage}", model={"encoder": True}, objective={"name": "toy_contrastive"},
+                            engine={"zero_stage": stage}, batch={"global_batch_size": 8, "micro_batch_size": 1})
+            for stage in (0, 2, 3)}
+
+
+def bf16(world: World, folder: Path) -> dict[str, list[float]]:
+    """20 losses in bf16 on the stages that train it."""
+    return {str(stage): run(world, folder, f"stage{stage}", data=UNEVEN, engine={"zero_stage": stage, "precision": "bf16"},
+                            batch={"global_batch_size": 8, "gradient_accumulation_steps": 4 // world.size})
+            for stage in (2, 3)}
+
+
+def resume(world: World, folder: Path) -> dict[str, Any]:
+    """Undisturbed against stopped at 7 and at 13 and gone on with, dropout and hooks on, every stage and bf16."""
+    found: dict[str, Any] = {}
+    for stage, precision in ((0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (2, "bf16"), (3, "bf16")):
+        key = f"{stage}-{precision}"
+        sections: dict[str, Any] = {"model": {"dropout": 0.2, "hooked": True}, "data": UNEVEN,
+                                    "engine": {"zero_stage": stage, "precision": precision}}
+        whole = run(world, folder, f"whole-{key}", **sections)
+        for stop in (7, 13, 20):
+            trainer = start(world, folder, f"parts-{key}", **sections)
+            begin = trainer.state.step
+            while trainer.state.step < stop:
+                loaded = next(trainer.loader)
+                _, totals = trainer._agree(loaded)
+                trainer._one(loaded, totals)
+            trainer._save()
+            trail = trainer.hooks.state_dict()
+            parts = finish(trainer)
+        found[key] = {"whole": whole, "parts": parts, "last_start": begin, "calls": trail["calls"]}
+    return found
+
+
+def not_finite(world: World, folder: Path) -> dict[str, Any]:
+    """A NaN planted in one rank's gradient at batches 3 and 4: skipped everywhere, weights as if they had not been."""
+    found: dict[str, Any] = {}
+    for stage in (0, 1, 2, 3):
+        trainer = start(world, folder, f"stage{stage}", engine={"zero_stage": stage})
+        weights: list[float] = []
+        for loaded in trainer.loader:
+            _, totals = trainer._agree(loaded)
+            if loaded.k in (3, 4) and world.rank == world.size - 1:
+                handle = _poison(trainer)
+            else:
+                handle = None
+            before = _checksum(trainer)
+            trainer._one(loaded, totals)
+            if handle is not None:
+                handle.remove()
+            if loaded.k in (3, 4):
+                weights.append(_checksum(trainer) - before)
+            if trainer.state.k == 8:
+                break
+        found[str(stage)] = {"step": trainer.state.step, "k": trainer.state.k, "moved": weights,
+                             "skipped": trainer.health.bad_steps.skipped, "finite": math.isfinite(_checksum(trainer))}
+        finish(trainer)
+    return found
+
+
+def _poison(trainer: Any) -> Any:
+    """Make one gradient of this rank NaN."""
+    return trainer.engine.model.trained.register_full_backward_hook(lambda m, gi, go: (gi[0] * float("nan"),))
+
+
+def _checksum(trainer: Any) -> float:
+    return float(trainer.engine.read("trained.weight").double().abs().sum())
+
+
+def frozen_and_buffers(world: World, folder: Path) -> dict[str, Any]:
+    """Frozen weights and fp32 buffers survive bf16, a save and a load, bit for bit."""
+    found: dict[str, Any] = {}
+    for stage in (2, 3):
+        trainer = start(world, folder, f"stage{stage}", engine={"zero_stage": stage, "precision": "bf16"},
+                        train={"length": "3 steps"})
+        trainer.engine.write("frozen.weight", torch.full((16, 16), 0.125))
+        buffer = trainer.engine.model.frequency
+        trainer.train()
+        exact = bool((buffer == 1.0 + torch.arange(16, dtype=torch.float32) / 3000.0).all())
+        dtype = str(buffer.dtype)
+        ref = trainer.keeper.folder.checkpoints()[0]
+        finish(trainer)
+        again = start(world, folder, f"stage{stage}", engine={"zero_stage": stage, "precision": "bf16"},
+                      train={"length": "3 steps"})
+        frozen = again.engine.read("frozen.weight")
+        found[str(stage)] = {"buffer_exact": exact, "buffer_dtype": dtype, "frozen": float(frozen.min()),
+                             "resumed_at": again.state.step, "files": sorted(p.name for p in ref.path.iterdir()),
+                             "problems": 0 if checkpoint.verify(ref) is None else 1}
+        finish(again)
+    return found
+
+
+def read_write(world: World, folder: Path) -> dict[str, Any]:
+    """A hook's write reaches the fp32 master and the copy that forward uses, in every stage and precision."""
+    found: dict[str, Any] = {}
+    for stage, precision in ((0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (2, "bf16"), (3, "bf16")):
+        trainer = start(world, folder, f"{stage}-{precision}", engine={"zero_stage": stage, "precision": precision})
+        trainer.engine.write("trained.weight", torch.full((16, 16), 0.3))
+        master = trainer.engine.read("trained.weight")
+        from deepspeed.runtime.zero import GatheredParameters
+        with GatheredParameters([trainer.engine.model.trained.weight], enabled=stage == 3):
+            used = trainer.engine.model.trained.weight.detach().float().clone()
+        found[f"{stage}-{precision}"] = {"master": [float(master.min()), float(master.max())],
+                                         "used": [float(used.min()), float(used.max())]}
+        finish(trainer)
+    return found
