@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from pretrain.data.batch import Batch, SampleSource
 from pretrain.data.open import VALIDATION_SPLIT, eval_batches, open_source
 from pretrain.data.shards import ShardSource
 from pretrain.errors import UserError
+from pretrain.gates.suite import run_gates
 from pretrain.monitor.environment import describe_environment
 
 GATES, GATES_VERSION = "gates", 1
@@ -81,7 +82,6 @@ def evaluate_perplexity(target: Target, request: Request, command: list[str]) ->
 
 def evaluate_gates(target: Target, request: Request, command: list[str]) -> Results:
     """The gates of the model: causality, padding, documents, decode = forward, random tokens."""
-    from pretrain.gates import run_gates
     seq_len = min(64, target.max_seq_len or 64)
     outcomes = run_gates(target.forward, vocab_size=target.vocab_size, seq_len=seq_len, seed=request.seed,
                          device=target.device)
@@ -89,7 +89,7 @@ def evaluate_gates(target: Target, request: Request, command: list[str]) -> Resu
     return Results(
         task=GATES, task_version=GATES_VERSION, passed=all(passed), batch_size=1, seed=request.seed,
         metrics={"gates/passed": MetricRecord(value=float(sum(passed)), n=len(passed), higher_is_better=True)},
-        details={o.name: {"passed": o.passed, "message": o.message} for o in outcomes}, **_about(target, command))
+        details={o.name: asdict(o) for o in outcomes}, **_about(target, command))
 
 
 def open_data(target: Target, request: Request) -> tuple[SampleSource, int]:

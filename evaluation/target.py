@@ -29,7 +29,7 @@ from pretrain.config.source import ShardsConfig
 from pretrain.engine.consolidate import load_weights
 from pretrain.errors import DataCorruption, UserError
 from pretrain.models.base import BuildContext, Family
-from pretrain.runfolder.layout import CheckpointRef, RunFolder
+from pretrain.runfolder.layout import CheckpointRef, RunFolder, is_run_folder
 from pretrain.runfolder.publish import MANIFEST, Manifest, hash_file
 from pretrain.runfolder.retention import pinned
 
@@ -99,7 +99,7 @@ def open_target(text: str, *, dtype: str = "fp32", device: torch.device | None =
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if step is not None and best:
         raise UserError("give --step or --best, not both")
-    if (path / "checkpoints").is_dir():
+    if is_run_folder(path):
         folder = RunFolder.open(path)
         return _from_checkpoint(choose_checkpoint(folder, step=step, best=best), folder, path, "run", dtype, device)
     if step is not None or best:
@@ -109,7 +109,7 @@ def open_target(text: str, *, dtype: str = "fp32", device: torch.device | None =
         return _from_checkpoint(ref, RunFolder(ref.path.parents[1]), path, "checkpoint", dtype, device)
     if (path / "config.json").is_file():
         return _from_pretrained(path, dtype, device, trust_remote_code)
-    raise UserError(f"{text}: is neither a run (checkpoints/), a checkpoint (manifest.json) nor a model folder "
+    raise UserError(f"{text}: is neither a run (config.yaml), a checkpoint (manifest.json) nor a model folder "
                     "(config.json)")
 
 

@@ -1,0 +1,107 @@
+"""`pretrain eval`."""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pretrain.cli.options import JsonOption, LogLevel, LogLevelOption
+from pretrain.errors import CheckFailed
+
+if TYPE_CHECKING:
+    from evaluation.results import Results
+    from evaluation.target import Target
+
+
+class Task(StrEnum):
+    """What can be evaluated."""
+
+    PERPLEXITY = "perplexity"
+    GATES = "gates"
+
+
+class Dtype(StrEnum):
+    """Of the weights and of what is computed with them."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+    FP16 = "fp16"
+
+
+TargetArgument = Annotated[str, typer.Argument(metavar="TARGET", show_default=False,
+                                               help="Run, checkpoint, export or Hugging Face folder.")]
+StepOption = Annotated[int | None, typer.Option("--step", help="Of a run: this checkpoint instead of the newest.")]
+BestOption = Annotated[bool, typer.Option("--best", help="Of a run: the checkpoint that was best on validation.")]
+DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Of weights and activations.")]
+RemoteCodeOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the folder.")]
+
+
+def evaluate(target: TargetArgument,
+             task: Annotated[Task, typer.Option("--task", "--suite", help="What to evaluate.")] = Task.PERPLEXITY,
+             data: Annotated[Path | None, typer.Option(help="Dataset folder; default: the run's own.")] = None,
+             split: Annotated[str | None, typer.Option(help="Split of the dataset; default: val.")] = None,
+             seq_len: Annotated[int | None, typer.Option(min=2, help="Tokens a window; default: the run's.")] = None,
+             dtype: DtypeOption = Dtype.FP32,
+             batch_size: Annotated[int | None, typer.Option(min=1, help="Windows a forward.")] = None,
+             max_windows: Annotated[int | None, typer.Option(min=1, help="Windows, spread over the split.")] = None,
+             samples: Annotated[int, typer.Option(min=0, max=64, help="Texts to write as well.")] = 0,
+             baselines: Annotated[bool, typer.Option("--baselines", help="N-grams of order 1 to 3 too.")] = False,
+             seed: Annotated[int, typer.Option(min=0, help="Of intervals, texts and gates.")] = 0,
+             step: StepOption = None, best: BestOption = False,
+             out: Annotated[Path | None, typer.Option(help="Folder of results.json; default: RUN/eval/...")] = None,
+             trust_remote_code: RemoteCodeOption = False, as_json: JsonOption = False,
+             log_level: LogLevelOption = LogLevel.WARNING) -> None:
+    """Evaluate a run, checkpoint, export or Hugging Face folder.
+
+    Writes results.json into RUN/eval (or --out) and prints a table. Exit codes: 0 done, 2 bad input, 3 corrupt files,
+    5 a gate failed.
+    """
+    from transformers.utils import logging
+
+    from evaluation.offline import Request, default_folder, evaluate_gates, evaluate_perplexity
+    from evaluation.sampling import Sampling
+    from evaluation.target import open_target
+    logging.disable_progress_bar()
+    opened = open_target(target, dtype=dtype.value, step=step, best=best, trust_remote_code=trust_remote_code)
+    request = Request(data=data, split=split, seq_len=seq_len, batch_size=batch_size, max_windows=max_windows,
+                      baselines=baselines, texts=samples, seed=seed,
+                      sampling=Sampling(temperature=0.8, top_p=0.95, seed=seed))
+    command = ["pretrain", *sys.argv[1:]]
+    results = (evaluate_gates if task is Task.GATES else evaluate_perplexity)(opened, request, command)
+    folder = out or default_folder(opened, results)
+    path = results.write(folder) if folder is not None else None
+    _refresh_report(opened)
+    if as_json:
+        print(results.model_dump_json(indent=1))
+    else:
+        _show(results, path)
+    if results.passed is False:
+        failed = [name for name, found in results.details.items() if not found["passed"]]
+        raise CheckFailed(f"{target}: failed {', '.join(failed)}")
+
+
+def _show(results: Results, path: Path | None) -> None:
+    from rich.console import Console
+
+    from evaluation.tables import comparison_table, details_table, metrics_table
+    console = Console()
+    console.print(details_table(results) if results.details else metrics_table(results))
+    if results.baselines:
+        console.print(comparison_table(results))
+    for sample in results.samples:
+        console.rule("sample", align="left")
+        console.print(sample.prompt, style="dim", end="", markup=False, highlight=False)
+        console.print(sample.text, markup=False, highlight=False)
+    if path is not None:
+        console.print(f"written: {path}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _refresh_report(target: Target) -> None:
+    """A run that has a report gets one with these results; a running run writes its own at the end."""
+    if target.run_folder is not None and target.run_folder.report_file.is_file():
+        from evaluation.report import write_report
+        write_report(target.run_folder.root)
