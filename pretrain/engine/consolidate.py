@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import logging
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import torch
@@ -44,8 +46,9 @@ def _unpartitioned(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 def _partitioned(checkpoint: Path) -> dict[str, torch.Tensor]:
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-    state: dict[str, torch.Tensor] = get_fp32_state_dict_from_zero_checkpoint(
-        str(checkpoint), tag=TAG, exclude_frozen_parameters=True)
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # it prints its progress and draws a bar
+        state: dict[str, torch.Tensor] = get_fp32_state_dict_from_zero_checkpoint(
+            str(checkpoint), tag=TAG, exclude_frozen_parameters=True)
     return {name: value.clone() for name, value in state.items()}
 
 
