@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -45,6 +46,8 @@ def _unpartitioned(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 def _partitioned(checkpoint: Path) -> dict[str, torch.Tensor]:
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns on standard output that it found no other
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # it prints its progress and draws a bar
         state: dict[str, torch.Tensor] = get_fp32_state_dict_from_zero_checkpoint(
