@@ -16,13 +16,18 @@ from pretrain.cli.options import (
     SetOption,
     load_config,
 )
-from pretrain.cli.plan_text import assumed_device, gib, plan_json, plan_lines, resolve_precision, split_tokens
+from pretrain.cli.plan_text import (
+    LIBRARIES_BYTES,
+    assumed_device,
+    gib,
+    plan_json,
+    plan_lines,
+    resolve_precision,
+    split_tokens,
+)
 from pretrain.config.machine import gpus, memory_bytes
 from pretrain.config.plan import Plan, Speed, largest_micro_batch, make_plan
 from pretrain.errors import UserError
-
-_LIBRARIES = 600 * 2**20
-"""Memory of a process that has imported everything, before it holds a model."""
 
 
 def estimate(
@@ -80,4 +85,4 @@ def _device_memory(given: float | None, kind: str, ranks: int) -> int | None:
         return int(given * 2**30)
     if kind == "cuda":
         return min((card.memory_bytes for card in gpus()), default=None)
-    return max(0, memory_bytes() // ranks - _LIBRARIES)
+    return max(0, memory_bytes() // ranks - LIBRARIES_BYTES)

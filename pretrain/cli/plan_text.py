@@ -14,6 +14,8 @@ from pretrain.config.source import ShardsConfig
 from pretrain.errors import PretrainError
 
 _GIB = 2**30
+LIBRARIES_BYTES = 600 * 2**20
+"""Memory of a process that has imported everything, before it holds a model."""
 
 
 def assumed_device(kind: DeviceKind | None) -> DeviceFacts:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,9 +85,28 @@ def parse_gpus(text: str) -> list[Gpu]:
     return found
 
 
-def device_facts() -> DeviceFacts:
-    """What a run started here would train on, as far as can be told without torch."""
-    cards = gpus()
+def device_facts(cards: list[Gpu] | None = None) -> DeviceFacts:
+    """What a run started here would train on, as far as can be told without torch. `cards`: what `gpus` returned."""
+    cards = gpus() if cards is None else cards
     if cards:
         return DeviceFacts("cuda", cuda_capability=min(card.capability for card in cards))
     return DeviceFacts("cpu", cpu_flags=cpu_flags())
+
+
+def jit_cache_dir() -> Path:
+    """Where torch compiles C++ ops to: `TORCH_EXTENSIONS_DIR`, else its default in the user's cache."""
+    given = os.environ.get("TORCH_EXTENSIONS_DIR")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(given) if given else cache / "torch_extensions"
+
+
+def stale_locks(older_than_s: float = 600.0) -> list[Path]:
+    """Lock files in the JIT cache that a killed compile left behind. torch would wait for them for ever."""
+    found = []
+    for lock in jit_cache_dir().glob("**/lock"):
+        try:
+            if time.time() - lock.stat().st_mtime > older_than_s:
+                found.append(lock)
+        except OSError:  # its compile has just ended
+            continue
+    return found

@@ -6,13 +6,13 @@ Nothing else in the stack knows of them. Versions: deepspeed 0.19.8.
 from __future__ import annotations
 
 import logging
-import os
-import time
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+
+from pretrain.config.machine import stale_locks
 
 _log = logging.getLogger("pretrain")
 
@@ -29,17 +29,9 @@ def skip_op_probing() -> None:
 
 def remove_stale_locks(older_than_s: float = 600.0) -> list[Path]:
     """Delete lock files that a killed compile left behind; torch would wait for them for ever. Returns them."""
-    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "torch_extensions"
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", default))
-    removed = []
-    for lock in root.glob("**/lock"):
-        try:
-            if time.time() - lock.stat().st_mtime > older_than_s:
-                lock.unlink()
-                removed.append(lock)
-        except OSError:
-            continue
+    removed = stale_locks(older_than_s)
     for lock in removed:
+        lock.unlink(missing_ok=True)
         _log.warning("removed %s: left by a compile that was killed", lock)
     return removed
 
