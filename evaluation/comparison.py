@@ -19,14 +19,12 @@ class Row:
     ours: bool = False
 
 
-def comparison(results: Results, prefix: str = "val") -> list[Row]:
+def comparison(results: Results) -> list[Row]:
     """The model first, then the baselines at equal tokens and on the full split, by order.
 
-    Args:
-        results: of the task `perplexity`; others give no rows.
-        prefix: of the metrics' names.
+    Results of other tasks than `perplexity` give no rows.
     """
-    metrics = results.metrics
+    metrics, prefix = results.metrics, results.prefix
     if f"{prefix}/loss" not in metrics:
         return []
     rows = [Row("model", results.train_tokens, metrics[f"{prefix}/loss"], metrics[f"{prefix}/perplexity"],
@@ -43,8 +41,8 @@ def _figures(record: NGramRecord) -> tuple[MetricRecord, MetricRecord, MetricRec
     return figure(record.loss, record.n), figure(record.perplexity, record.n), per_byte
 
 
-def beats(results: Results, order: int = 2, prefix: str = "val") -> bool | None:
+def beats(results: Results, order: int = 2) -> bool | None:
     """Whether the model's loss is below that of the n-gram of `order` at equal training tokens; None: not measured."""
-    ours = results.metrics.get(f"{prefix}/loss")
+    ours = results.metrics.get(f"{results.prefix}/loss")
     theirs = [b.loss for b in results.baselines if b.order == order and b.scope == "equal tokens"]
     return None if ours is None or not theirs else ours.value < theirs[0]

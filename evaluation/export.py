@@ -21,7 +21,7 @@ from data_prep.manifest import Manifest as DatasetManifest
 from data_prep.tokenizer import TOKENIZER_CONFIG
 from evaluation.model_card import model_card
 from evaluation.report_data import read_results
-from evaluation.results import Results
+from evaluation.results import Results, leading
 from evaluation.target import PROVENANCE, Target, open_target
 from pretrain.config.registry import FAMILIES, resolve
 from pretrain.config.source import ShardsConfig
@@ -143,23 +143,29 @@ def _prove(target: Target, folder: Path, facts: dict[str, Any]) -> float:
     reference = folder.with_name(folder.name + ".probe")
     save_file({"input_ids": tokens, "logits": logits.contiguous()}, reference)
     limit = TOLERANCE[facts["dtype"]]
-    command = [sys.executable, "-P", "-m", "evaluation.verify_export", str(folder), str(reference), facts["dtype"],
-               "" if facts["native"] else facts["module"]]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_CHECK_TIMEOUT, check=False)
-    except subprocess.TimeoutExpired:
-        raise CheckFailed(f"{folder}: loading the export in a fresh process took over {_CHECK_TIMEOUT:g} s") from None
+        difference = _fresh_process(str(folder), str(reference), facts["dtype"],
+                                    "" if facts["native"] else facts["module"])
     finally:
         reference.unlink(missing_ok=True)
-    if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise CheckFailed(f"{folder}: the export cannot be loaded in a fresh process ({last}); nothing was written")
-    difference = float(json.loads(done.stdout.strip().splitlines()[-1])["largest_difference"])
     if not difference <= limit:
         raise CheckFailed(f"{folder}: loaded in a fresh process it gives logits that differ by {difference:.3g} of the "
                           f"largest, {limit:g} is allowed for {facts['dtype']}; nothing was written")
     facts["verification"] = {"tokens": tokens.numel(), "largest_difference": difference, "tolerance": limit}
     return difference
+
+
+def _fresh_process(folder: str, reference: str, dtype: str, module: str) -> float:
+    """`verify_export.largest_difference` in a new interpreter. Raises CheckFailed where that cannot load the export."""
+    command = [sys.executable, "-P", "-m", "evaluation.verify_export", folder, reference, dtype, module]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_CHECK_TIMEOUT, check=False)
+    except subprocess.TimeoutExpired:
+        raise CheckFailed(f"{folder}: loading the export in a fresh process took over {_CHECK_TIMEOUT:g} s") from None
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise CheckFailed(f"{folder}: the export cannot be loaded in a fresh process ({last}); nothing was written")
+    return float(json.loads(done.stdout.strip().splitlines()[-1])["largest_difference"])
 
 
 def _probe_tokens(target: Target) -> torch.Tensor:
@@ -180,11 +186,9 @@ def _write_papers(target: Target, folder: Path, facts: dict[str, Any]) -> None:
 
 
 def newest_result(target: Target) -> Results | None:
-    """The newest evaluation of the perplexity of these very weights; one with baselines goes first."""
+    """The evaluation that speaks for these very weights."""
     assert target.run_folder is not None
-    found = [r for r in read_results(target.run_folder.eval_dir)
-             if r.task == "perplexity" and r.weights_sha256 == target.weights_sha256]
-    return max(found, key=lambda r: (bool(r.baselines), r.created), default=None)
+    return leading(r for r in read_results(target.run_folder.eval_dir) if r.weights_sha256 == target.weights_sha256)
 
 
 def _publish(temporary: Path, out: Path) -> None:

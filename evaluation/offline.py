@@ -16,6 +16,7 @@ from evaluation.baselines import ngram_baselines
 from evaluation.generate import Limits, generate
 from evaluation.perplexity import ValidationData, read_token_bytes
 from evaluation.results import MetricRecord, NGramRecord, Results, TextSample, records
+from evaluation.samples import PROMPT_TOKENS, SAMPLING, prompts
 from evaluation.sampling import Sampling
 from evaluation.target import Target
 from pretrain.config.run import ResolvedBatch
@@ -29,7 +30,6 @@ from pretrain.monitor.environment import describe_environment
 
 GATES, GATES_VERSION = "gates", 1
 DEFAULT_BATCH_SIZE = 8
-TEXT_SAMPLING = Sampling(temperature=0.8, top_p=0.95)
 _MAX_SEQ_LEN = 1024
 """Window where neither run nor user says one and the model takes more."""
 
@@ -45,8 +45,8 @@ class Request:
     max_windows: int | None = None
     baselines: bool = False
     texts: int = 0
-    prompt_tokens: int = 32
-    sampling: Sampling = TEXT_SAMPLING
+    prompt_tokens: int = PROMPT_TOKENS
+    sampling: Sampling = SAMPLING
     max_new_tokens: int = 128
     seed: int = 0
 
@@ -68,7 +68,8 @@ def evaluate_perplexity(target: Target, request: Request, command: list[str]) ->
     windows = _windows(target, request)
     batches = list(eval_batches(source, rank=0, world=1, batch_size=size, max_samples=windows))
     sums = perplexity.tally(target.forward, batches, target.device, data.token_bytes)
-    result = perplexity.figures(sums, has_bytes=data.token_bytes is not None, seed=request.seed)
+    result = perplexity.figures(sums, has_bytes=data.token_bytes is not None, seed=request.seed,
+                                prefix=request.split or perplexity.PREFIX)
     baselines = _baselines(target, batches, data.token_bytes) if request.baselines else []
     texts = continue_windows(target, source, request) if request.texts else []
     dataset = {"split": "?", "fingerprint": source.fingerprint, "seq_len": seq_len,
@@ -133,26 +134,23 @@ def continue_windows(target: Target, source: SampleSource, request: Request) -> 
     """
     if target.tokenizer is None:
         raise UserError(f"{target.path}: has no tokenizer.json, so no text can be written")
-    count = min(request.texts, len(source))
-    ids = np.arange(count, dtype=np.int64) * len(source) // count
-    length = min(request.prompt_tokens, source.get(ids[:1])["input_ids"].shape[1])
-    prompts: list[list[int]] = source.get(ids)["input_ids"][:, :length].tolist()
-    new = generate(target.forward, prompts, Limits(request.max_new_tokens, target.eos_id, target.max_seq_len),
+    given = prompts(source, request.texts, request.prompt_tokens)
+    new = generate(target.forward, given, Limits(request.max_new_tokens, target.eos_id, target.max_seq_len),
                    request.sampling, vocab_size=target.vocab_size, device=target.device)
     decode = target.tokenizer.decode
-    return [TextSample(prompt=decode(p), text=decode(t)) for p, t in zip(prompts, new, strict=True)]
+    return [TextSample(prompt=decode(p), text=decode(t)) for p, t in zip(given, new, strict=True)]
 
 
-def default_folder(target: Target, results: Results) -> Path | None:
-    """Where results of a run or checkpoint go: RUN/eval/step-N-TASK-SPLIT-DTYPE; None for other targets."""
+def default_folder(target: Target, request: Request, results: Results) -> Path | None:
+    """Where results of a run go: below RUN/eval, named by what changes them; None for targets outside of runs."""
     if target.run_folder is None:
         return None
-    split = results.dataset.get("split")
-    parts = [f"step-{results.step}", results.task, *([str(split)] if split else []), results.dtype]
-    own = target.config.data.source if target.config else None
-    if split and isinstance(own, ShardsConfig) and Path(results.dataset.get("path", "")) != Path(own.path):
-        parts.append(str(results.dataset["fingerprint"])[:8])
-    return target.run_folder.eval_dir / "-".join(parts)
+    parts = [f"step-{results.step}", results.task, results.prefix if results.dataset else "", results.dtype,
+             str(results.dataset["fingerprint"])[:8] if request.data else "",
+             f"{request.seq_len}-tokens" if request.seq_len else "",
+             f"{request.max_windows}-windows" if request.max_windows else "",
+             "baselines" if results.baselines else ""]
+    return target.run_folder.eval_dir / "-".join(part for part in parts if part)
 
 
 def _batch(target: Target) -> ResolvedBatch:

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from evaluation.results import RESULTS, Results
+from evaluation.results import RESULTS, Results, leading
 from pretrain.errors import DataCorruption
 from pretrain.monitor.rows import read_metrics
 from pretrain.runfolder.holder import Holder, fences
@@ -50,9 +50,8 @@ class ReportData:
     """Names of the published checkpoints, newest first."""
 
     def main_result(self) -> Results | None:
-        """The newest evaluation of the perplexity of the newest weights."""
-        found = [r for r in self.results if r.task == "perplexity"]
-        return max(found, key=lambda r: (r.step or 0, bool(r.baselines), r.created), default=None)
+        """The evaluation that speaks for the run."""
+        return leading(self.results)
 
     def headline(self, key: str) -> tuple[float, tuple[float, float] | None] | None:
         """(value, 95% interval) of a metric: of the newest evaluation, else of the last validation in training."""

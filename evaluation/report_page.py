@@ -33,7 +33,7 @@ def page(data: ReportData, created: str) -> str:
     main = data.main_result()
     rows = comparison(main) if main else []
     sections = [_head(data, main), _results(rows, main), _training(data, rows), _time(data), _samples(data),
-                _events(data), _facts("Environment", _flat(data.environment)), _config(data.config_text)]
+                _events(data), _facts("Environment", [(key, _line(value)) for key, value in data.environment.items() if value]), _config(data.config_text)]
     assets = files("evaluation").joinpath("assets")
     style = assets.joinpath("report.css").read_text("utf-8")
     script = assets.joinpath("report.js").read_text("utf-8")
@@ -205,13 +205,13 @@ def _facts(title: str, rows: Iterable[tuple[str, str]]) -> str:
             "</table></div></section>")
 
 
-def _flat(value: Any, path: str = "") -> list[tuple[str, str]]:
-    """(dotted key, text) of every leaf of nested JSON."""
-    if isinstance(value, dict) and value:
-        return [pair for key, part in value.items() for pair in _flat(part, f"{path}.{key}" if path else str(key))]
-    if isinstance(value, list) and not any(isinstance(item, (dict, list)) for item in value):
-        value = ", ".join(map(str, value))
-    return [(path, str(value))] if path else []
+def _line(value: Any) -> str:
+    """Nested JSON as one line: `torch 2.13.0, numpy 2.4.6`."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_line(part)}" for key, part in value.items())
+    if isinstance(value, list):
+        return " ".join(map(str, value)) if all(isinstance(v, str) for v in value) else "; ".join(map(_line, value))
+    return "–" if value is None else str(value)
 
 
 def _config(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -77,6 +78,11 @@ class Results(Section):
     command: str
     created: str = Field(description="UTC, ISO 8601")
 
+    @property
+    def prefix(self) -> str:
+        """What the names of the metrics begin with: `val`, or the split."""
+        return next(iter(self.metrics), "").partition("/")[0]
+
     def write(self, folder: Path) -> Path:
         """Write `folder`/results.json, whole or not at all."""
         folder.mkdir(parents=True, exist_ok=True)
@@ -92,6 +98,12 @@ class Results(Section):
         except ValidationError as error:
             first = error.errors()[0]
             raise DataCorruption(f"{path}: {'.'.join(map(str, first['loc'])) or 'file'}: {first['msg']}") from None
+
+
+def leading(results: Iterable[Results]) -> Results | None:
+    """The evaluation that speaks for a run: validation of the newest weights, with baselines, on the most tokens."""
+    found = [r for r in results if r.task == "perplexity" and "val/loss" in r.metrics]
+    return max(found, key=lambda r: (r.step or 0, bool(r.baselines), r.metrics["val/loss"].n, r.created), default=None)
 
 
 def records(result: EvalResult) -> dict[str, MetricRecord]:

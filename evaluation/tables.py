@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rich.box import HEAVY_HEAD, Box
 from rich.table import Table
 
 from evaluation.comparison import comparison
@@ -26,9 +27,9 @@ def metrics_table(results: Results) -> Table:
     return table
 
 
-def comparison_table(results: Results) -> Table:
+def comparison_table(results: Results, box: Box = HEAVY_HEAD) -> Table:
     """The model beside its n-gram baselines."""
-    table = Table(title="beside n-gram baselines on the same tokens", title_justify="left")
+    table = Table(title="beside n-gram baselines on the same tokens", title_justify="left", box=box)
     for name in ("", "trained on", "nats/token", "perplexity", "bits/byte"):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     for row in comparison(results):

@@ -151,7 +151,7 @@ def _from_checkpoint(ref: CheckpointRef, folder: RunFolder, path: Path, kind: Ki
     put_weights(model, weights, str(ref.path))
     cast_parameters(model, DTYPES[dtype])
     model = model.to(device).eval()
-    tokenizer, sha, eos = _dataset_tokenizer(config)
+    tokenizer, sha, eos = dataset_tokenizer(config)
     return Target(path, kind, model, model, dtype, device, config.model.vocab_size, config.model.max_seq_len, tokenizer,
                   sha, eos, config, ref, folder, manifest, weights_sha256)
 
@@ -182,7 +182,7 @@ def cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> None:
         parameter.data = parameter.data.to(dtype)
 
 
-def _dataset_tokenizer(config: RunConfig) -> tuple[Tokenizer | None, str | None, int | None]:
+def dataset_tokenizer(config: RunConfig) -> tuple[Tokenizer | None, str | None, int | None]:
     """(tokenizer, its SHA-256, end-of-text id) of the dataset a run trains on; None where it is not a dataset here."""
     source = config.data.source
     if not isinstance(source, ShardsConfig) or not (Path(source.path) / TOKENIZER).is_file():

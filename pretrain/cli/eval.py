@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -63,16 +64,16 @@ def evaluate(target: TargetArgument,
     from transformers.utils import logging
 
     from evaluation.offline import Request, default_folder, evaluate_gates, evaluate_perplexity
-    from evaluation.sampling import Sampling
+    from evaluation.samples import SAMPLING
     from evaluation.target import open_target
     logging.disable_progress_bar()
     opened = open_target(target, dtype=dtype.value, step=step, best=best, trust_remote_code=trust_remote_code)
     request = Request(data=data, split=split, seq_len=seq_len, batch_size=batch_size, max_windows=max_windows,
                       baselines=baselines, texts=samples, seed=seed,
-                      sampling=Sampling(temperature=0.8, top_p=0.95, seed=seed))
+                      sampling=replace(SAMPLING, seed=seed))
     command = ["pretrain", *sys.argv[1:]]
     results = (evaluate_gates if task is Task.GATES else evaluate_perplexity)(opened, request, command)
-    folder = out or default_folder(opened, results)
+    folder = out or default_folder(opened, request, results)
     path = results.write(folder) if folder is not None else None
     _refresh_report(opened)
     if as_json:
