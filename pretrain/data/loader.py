@@ -74,10 +74,14 @@ class _RankRows(Dataset[_Rows]):
         return Parcel(tensors) if HAS_MEMFD and get_worker_info() else tensors
 
 
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
 def _start_worker(number: int) -> None:
     """Leave stopping to the trainer: signals sent to the whole process group must not take the loader away first."""
-    for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for name in _STOP_SIGNALS:
         signal.signal(name, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
 
 
 class UpdateLoader:
@@ -102,7 +106,12 @@ class UpdateLoader:
                             prefetch_factor=prefetch if workers else None, pin_memory=pin_memory,
                             worker_init_fn=_start_worker, generator=torch.Generator())
         on_child_exit = signal.getsignal(signal.SIGCHLD)
-        self._iterator: Iterator[_Rows] | None = iter(loader)
+        # Blocked while the processes start, who inherit that: none can be hit before it has learned to ignore.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+        try:
+            self._iterator: Iterator[_Rows] | None = iter(loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         if workers and threading.current_thread() is threading.main_thread():
             # torch installs a handler that raises wherever the trainer happens to be; we look while we wait instead.
             signal.signal(signal.SIGCHLD, on_child_exit)

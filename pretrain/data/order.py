@@ -20,6 +20,10 @@ T is the quota table of the mixture (see `quota_table`), Phi and Pi are keyed bi
   would never be seen; with it the W - L*c*C windows that an epoch leaves out are different ones each time.
 - With C = 1 the shuffle within a group adds nothing to Pi and is left out, so L = C = 1 is one plain bijection.
 
+L = C = 1 suits local disks. For object stores raise C to chunks of megabytes and L to tens of lanes: each lane then
+reads whole chunks one after the other. Given up are at most L*C - 1 windows an epoch, and any shuffle beyond the L
+groups of G*C windows that are open at a time.
+
 `shuffle: false` is the written order: each lane walks its own stretch of W // L samples.
 A source without end (a generator) gives its samples in order: o*L + l.
 """
