@@ -151,5 +151,5 @@ def _fit(name: str, facts: DeviceFacts, cards: list[machine.Gpu]) -> Finding:
         unit = f"for {world} rank{'s' if world > 1 else ''}"
     fits = need < have
     return Finding(f"preset {name}", "ok" if fits else "note",
-                   f"{'fits' if fits else 'does not fit'}: {gib(need)} {unit} of the {gib(have)} here, with micro-batch "
-                   f"{plan.batch.micro_batch_size}")
+                   f"{'fits' if fits else 'does not fit'}: {gib(need)} {unit} of the {gib(have)} here, with "
+                   f"micro-batch {plan.batch.micro_batch_size}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pretrain.cli.plan_text import assumed_device, plan_lines, resolve_precision, split_tokens
+from pretrain.cli.plan_text import assumed_device, assumed_speed, plan_lines, resolve_precision, training_samples
 from pretrain.config.deepspeed import deepspeed_config
 from pretrain.config.load import LoadedConfig, dump_yaml
 from pretrain.config.plan import make_plan
@@ -24,8 +24,9 @@ def dry_run(loaded: LoadedConfig, world: int, console: Console | None = None) ->
     config = loaded.config
     facts = assumed_device(None)
     precision, reason = resolve_precision(config, facts)
-    tokens, data_name = split_tokens(config)
-    plan = make_plan(config, world, precision=precision, device=facts.kind, split_tokens=tokens)
+    samples, data_name = training_samples(config)
+    plan = make_plan(config, world, precision=precision, device=facts.kind, epoch_samples=samples,
+                     speed=assumed_speed(config, precision))
     deepspeed_config(config, plan.batch, precision, on_cuda=facts.kind == "cuda")
     lines = [dump_yaml(loaded), *plan_lines(plan, precision_reason=reason, data_name=data_name)]
     (console or Console()).print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)

@@ -20,10 +20,11 @@ from pretrain.cli.plan_text import (
     LIBRARIES_BYTES,
     assumed_device,
     gib,
+    known_peak,
     plan_json,
     plan_lines,
     resolve_precision,
-    split_tokens,
+    training_samples,
 )
 from pretrain.config.machine import gpus, memory_bytes
 from pretrain.config.plan import Plan, Speed, largest_micro_batch, make_plan
@@ -43,8 +44,8 @@ def estimate(
     as_json: JsonOption = False, log_level: LogLevelOption = LogLevel.INFO,
 ) -> None:
     """Print parameters, memory a rank by term, FLOPs, hours, and the largest micro-batch that fits. Runs nothing."""
-    if (peak_flops is None) != (mfu is None) or (peak_flops is not None and tokens_per_second is not None):
-        raise UserError("give either --tokens-per-second, or --peak-flops together with --mfu")
+    if (peak_flops is not None and mfu is None) or (mfu is not None and tokens_per_second is not None):
+        raise UserError("give either --tokens-per-second, or --mfu with --peak-flops")
     if mfu is not None and not 0 < mfu <= 1:
         raise UserError(f"--mfu {mfu}: must be above 0 and at most 1")
     loaded = load_config(config, preset, sets)
@@ -53,9 +54,12 @@ def estimate(
     wanted = device if device != "auto" else "cuda" if gpus_per_node else None
     facts = assumed_device(wanted)
     precision, reason = resolve_precision(run, facts)
-    tokens, data_name = split_tokens(run)
-    plan = make_plan(run, nodes * ranks, precision=precision, device=facts.kind, split_tokens=tokens,
-                     speed=Speed(tokens_per_second, peak_flops, mfu))
+    samples, data_name = training_samples(run)
+    peak = peak_flops or known_peak(run, precision)
+    if mfu is not None and peak is None:
+        raise UserError(f"--mfu {mfu}: the peak of the device is not known here; give --peak-flops too")
+    plan = make_plan(run, nodes * ranks, precision=precision, device=facts.kind, epoch_samples=samples,
+                     speed=Speed(tokens_per_second, peak, mfu))
     room = _device_memory(memory, facts.kind, ranks)
     fits = None if room is None else largest_micro_batch(run, nodes * ranks, room, precision=precision,
                                                          device=facts.kind)

@@ -6,13 +6,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pretrain.config.machine import device_facts
-from pretrain.config.plan import Plan
+from pretrain.config.machine import device_facts, gpus
+from pretrain.config.plan import Plan, Speed, windows
 from pretrain.config.precision import DeviceFacts, DeviceKind, advise_precision
 from pretrain.config.run import Precision, RunConfig
-from pretrain.config.source import ShardsConfig
+from pretrain.config.source import ShardsConfig, SyntheticConfig
 from pretrain.errors import PretrainError
+from pretrain.monitor.throughput import peak_flops
 
+ASSUMED_MFU = 0.4
+"""Model FLOPs utilisation behind the hours of a dry run: what large dense models reach, not a measurement."""
 _GIB = 2**30
 LIBRARIES_BYTES = 600 * 2**20
 """Memory of a process that has imported everything, before it holds a model."""
@@ -34,9 +37,11 @@ def resolve_precision(config: RunConfig, facts: DeviceFacts) -> tuple[Precision,
     return precision, f"auto: {reason}"
 
 
-def split_tokens(config: RunConfig) -> tuple[int | None, str]:
-    """(tokens of the training split, how to name the data); None where it is not prepared or has no end."""
+def training_samples(config: RunConfig) -> tuple[int | None, str]:
+    """(samples of one epoch, how to name the data); None where it is not prepared or has no epochs."""
     source = config.data.source
+    if isinstance(source, SyntheticConfig):
+        return source.samples, f"{source.kind}, {source.samples:,} samples"
     if not isinstance(source, ShardsConfig):
         return None, source.kind
     from data_prep.manifest import Manifest
@@ -45,7 +50,20 @@ def split_tokens(config: RunConfig) -> tuple[int | None, str]:
         record = Manifest.read(Path(source.path)).splits.get(source.split)
     except PretrainError:
         return None, f"{name}, not there"
-    return (record.tokens, name) if record else (None, f"{name}, which the dataset lacks")
+    if record is None:
+        return None, f"{name}, which the dataset lacks"
+    return windows(record.tokens, config.data.seq_len, config.data.stride), f"{name}, {record.tokens:,} tokens"
+
+
+def known_peak(config: RunConfig, precision: Precision) -> float | None:
+    """Peak FLOP/s of one device: `monitor.peak_flops`, else of the GPU here; None on a CPU."""
+    cards = gpus()
+    return config.monitor.peak_flops or (peak_flops(cards[0].name, precision) if cards else None)
+
+
+def assumed_speed(config: RunConfig, precision: Precision) -> Speed:
+    """For a first idea of the hours: `ASSUMED_MFU` of the peak, where a peak is known."""
+    return Speed(peak_flops=known_peak(config, precision), mfu=ASSUMED_MFU)
 
 
 def plan_lines(plan: Plan, *, precision_reason: str, data_name: str) -> Iterator[str]:
@@ -61,8 +79,7 @@ def plan_lines(plan: Plan, *, precision_reason: str, data_name: str) -> Iterator
         ("steps", f"{plan.steps:,} of {plan.tokens_per_step:,} tokens"),
         ("tokens", f"{plan.tokens:,} ({plan.tokens / max(1, count.total):.3g} a parameter{epochs})"),
         ("FLOPs", f"{plan.flops_per_token:.3g} a token, {plan.flops:.3g} in all"),
-        ("time", _duration(plan.hours) if plan.hours is not None else
-         "unknown: give --tokens-per-second, or --peak-flops and --mfu, to `pretrain estimate`"),
+        ("time", _time(plan)),
         ("checkpoint", gib(plan.checkpoint_bytes)),
     ]
     yield from (f"{name:<12}{text}" for name, text in rows)
@@ -99,6 +116,15 @@ def plan_json(plan: Plan, *, precision_reason: str, data_name: str) -> dict[str,
 def gib(count: int) -> str:
     """Bytes in GiB, or MiB below one."""
     return f"{count / _GIB:.2f} GiB" if count >= _GIB else f"{count / 2**20:.0f} MiB"
+
+
+def _time(plan: Plan) -> str:
+    if plan.hours is None:
+        return "unknown: give --tokens-per-second, or --peak-flops and --mfu, to `pretrain estimate`"
+    speed = plan.speed
+    basis = f"{speed.tokens_per_second:,.0f} tokens/s" if speed.tokens_per_second else \
+        f"{speed.mfu or 0:.0%} of {(speed.peak_flops or 0) / 1e12:.4g} TFLOP/s a device"
+    return f"{_duration(plan.hours)} at {basis}"
 
 
 def _duration(hours: float) -> str:

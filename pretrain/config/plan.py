@@ -34,10 +34,11 @@ class Plan:
     steps: int
     tokens_per_step: int
     epoch_samples: int | None
-    """Windows in one pass over the training split, None where the data is not there or has no epochs."""
+    """Samples in one pass over the training data, None where it is not there or has no epochs."""
     memory: RankMemory
     flops_per_token: float
     """Training FLOPs: three times the forward pass."""
+    speed: Speed
     hours: float | None
     checkpoint_bytes: int
 
@@ -58,13 +59,13 @@ class Plan:
 
 
 def make_plan(config: RunConfig, world_size: int, *, precision: Precision, device: DeviceKind,
-              split_tokens: int | None = None, speed: Speed | None = None) -> Plan:
+              epoch_samples: int | None = None, speed: Speed | None = None) -> Plan:
     """The plan of `config` on `world_size` ranks.
 
     Args:
         precision: what the run will use (`engine.precision: auto` resolved by `advise_precision`).
         device: where it runs; CPU and CUDA keep different temporaries.
-        split_tokens: tokens of the training split, where it is prepared already; needed for a length in epochs.
+        epoch_samples: samples of the training data, where it is prepared already; needed for a length in epochs.
         speed: for the hours; without it, or with half of a pair, they stay unknown.
 
     Raises:
@@ -73,7 +74,6 @@ def make_plan(config: RunConfig, world_size: int, *, precision: Precision, devic
     batch = config.batch.resolve(world_size)
     seq_len = config.data.seq_len
     tokens_per_step = batch.global_batch_size * seq_len
-    epoch_samples = None if split_tokens is None else windows(split_tokens, seq_len, config.data.stride)
     try:
         steps = config.train.length.to_steps(micro_steps_per_step=batch.gradient_accumulation_steps,
                                              samples_per_step=batch.global_batch_size, tokens_per_step=tokens_per_step,
@@ -81,12 +81,13 @@ def make_plan(config: RunConfig, world_size: int, *, precision: Precision, devic
     except ValueError:
         raise ConfigError("train.length", f"{config.train.length} needs the prepared data, which was not found; "
                           "prepare it first or give the length in steps or tokens") from None
-    count = config.model.parameter_count()
+    count, speed = config.model.parameter_count(), speed or Speed()
     flops_per_token = 3 * config.model.flops_per_token(seq_len)
     return Plan(parameters=count, world_size=world_size, batch=batch, precision=precision, seq_len=seq_len, steps=steps,
                 tokens_per_step=tokens_per_step, epoch_samples=epoch_samples,
                 memory=rank_memory(config, batch, precision, device), flops_per_token=flops_per_token,
-                hours=_hours(steps * tokens_per_step, flops_per_token, world_size, speed or Speed()),
+                speed=speed,
+                hours=_hours(steps * tokens_per_step, flops_per_token, world_size, speed),
                 checkpoint_bytes=checkpoint_bytes(count, config.engine.zero_stage, precision))
 
 

@@ -13,7 +13,7 @@ from pydantic_core import ErrorDetails
 
 from pretrain.config.merge import Layered, unknown_key
 from pretrain.config.model import Section
-from pretrain.config.sections import child_annotation, dotted, fields_of, members, section_class
+from pretrain.config.sections import child_annotation, dotted, fields_of, members, section_class, tag_of
 from pretrain.config.yaml_io import Key, inline
 from pretrain.errors import ConfigError, ConfigErrors
 
@@ -39,9 +39,12 @@ def _describe(detail: ErrorDetails, prefix: Key, schema: type[Section], layered:
         return [p for inner in cause.errors(include_url=False) for p in _describe(inner, loc, schema, layered, where)]
     if isinstance(cause, ConfigErrors):
         return [_placed(problem, layered, where) for problem in cause.problems]
-    if isinstance(cause, ConfigError):
-        return [_placed(cause, layered, where)]
     path, owner, info = locate(schema, layered.values, loc)
+    if isinstance(cause, ConfigError):
+        tag = tag_of(info.annotation) if info else None
+        if tag and cause.key.rpartition(".")[2] == tag[0]:  # its raiser does not know which of several sections it is
+            cause = ConfigError(dotted((*path, tag[0])), cause.message)
+        return [_placed(cause, layered, where)]
     place = layered.place(path) or where
     if detail["type"] == "extra_forbidden":
         return [ConfigError(dotted(path), unknown_key(schema, owner, str(path[-1])), where=place)]
@@ -53,7 +56,8 @@ def _describe(detail: ErrorDetails, prefix: Key, schema: type[Section], layered:
 
 
 def _placed(problem: ConfigError, layered: Layered, where: str) -> ConfigError:
-    place = layered.place(tuple(problem.key.split("."))) or where
+    key = tuple(int(part) if part.isdigit() else part for part in problem.key.split("."))
+    place = layered.place(key) or where
     return ConfigError(problem.key, problem.message, where=place, value=problem.value)
 
 
