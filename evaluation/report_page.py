@@ -32,8 +32,9 @@ def page(data: ReportData, created: str) -> str:
     """The whole document."""
     main = data.main_result()
     rows = comparison(main) if main else []
+    environment = [(key, _line(value)) for key, value in data.environment.items() if value]
     sections = [_head(data, main), _results(rows, main), _training(data, rows), _time(data), _samples(data),
-                _events(data), _facts("Environment", [(key, _line(value)) for key, value in data.environment.items() if value]), _config(data.config_text)]
+                _events(data), _facts("Environment", environment), _config(data.config_text)]
     assets = files("evaluation").joinpath("assets")
     style = assets.joinpath("report.css").read_text("utf-8")
     script = assets.joinpath("report.js").read_text("utf-8")

@@ -4,10 +4,18 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from data_prep.config import PrepConfig
 from data_prep.pipeline import prepare
+from pretrain.config.load import dump_yaml
+from pretrain.config.registry import FAMILIES, resolve
 from pretrain.config.run import RunConfig
+from pretrain.data.open import open_training
+from pretrain.models.base import BuildContext
+from pretrain.runfolder.layout import RunFolder
+from pretrain.runfolder.publish import Manifest, write_text_atomic
 
 TEXT = """def return self import class value name for in if not None path file open read write data index list key
           error raise with as try except str int len range print"""
@@ -49,3 +57,26 @@ def make_config(dataset: Path, runs: Path, **changes) -> RunConfig:
         "batch": {"global_batch_size": 8, "micro_batch_size": 2},
     }
     return RunConfig.model_validate({**values, **changes})
+
+
+def make_run(config: RunConfig, *, step=3, fence=1, seed=0):
+    """A run folder with one ZeRO-0 checkpoint of a seeded model, as the engine lays it out. Returns (run, model)."""
+    family = resolve(FAMILIES, config.model.family, "model.family")
+    model = family.build(config.model, BuildContext(seed=seed)).eval()
+    folder = RunFolder.create(Path(config.runs_dir) / config.name)
+    write_text_atomic(folder.config_file, dump_yaml(config))
+    path = folder.final_checkpoint(step, fence).path
+    (path / "deepspeed").mkdir(parents=True)
+    torch.save({"module": model.state_dict()}, path / "deepspeed" / "mp_rank_00_model_states.pt")
+    save_file({}, path / "extra.safetensors")
+    batch = config.batch.resolve(1)
+    probe = open_training(config, batch).samples(2)
+    save_file({"input_ids": probe["input_ids"].contiguous()}, path / "probe.safetensors")
+    (path / "state.json").write_text('{"health": {"bad_steps": {"skipped": [1]}}}')
+    Manifest.collect(path, {}, step=step, k=step + 1, fence=fence, world=1, stage=0, dtype="fp32").write(path)
+    return folder, model
+
+
+@pytest.fixture
+def run(run_config):
+    return make_run(run_config)
