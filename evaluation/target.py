@@ -107,7 +107,7 @@ def open_target(text: str, *, dtype: str = "fp32", device: torch.device | None =
     ref = CheckpointRef.parse(path.resolve())
     if ref is not None and (path / MANIFEST).is_file():
         return _from_checkpoint(ref, RunFolder(ref.path.parents[1]), path, "checkpoint", dtype, device)
-    if (path / "config.json").is_file():
+    if (path / "config.json").is_file() or (path / PROVENANCE).is_file():
         return _from_pretrained(path, dtype, device, trust_remote_code)
     raise UserError(f"{text}: is neither a run (config.yaml), a checkpoint (manifest.json) nor a model folder "
                     "(config.json)")
