@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pretrain.engine.evaluator import Evaluator
 
 
-def train(config: ConfigArgument = None, preset: PresetOption = None, sets: SetOption = [],  # noqa: B006
+def train(config: ConfigArgument = None, preset: PresetOption = None, *, sets: SetOption,
           nproc: Annotated[int | None, typer.Option(min=1, help="Processes on this machine (launch.nproc).")] = None,
           dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would run, and touch nothing.")] = False,
           log_level: LogLevelOption = LogLevel.INFO) -> None:

@@ -83,7 +83,8 @@ def _lay_over(ds: dict[str, Any], extra: dict[str, Any], prefix: str = "") -> No
     for key, value in extra.items():
         dotted = prefix + key
         if dotted in OWNED:
-            raise ConfigError(f"engine.deepspeed.{dotted}", f"contradicts {_SAYS[dotted]}, which decides it; set that instead")
+            raise ConfigError(f"engine.deepspeed.{dotted}",
+                              f"contradicts {_SAYS[dotted]}, which decides it; set that instead")
         if isinstance(value, dict) and isinstance(ds.get(key), dict):
             _lay_over(ds[key], value, dotted + ".")
         else:

@@ -48,7 +48,7 @@ class Engine:
         return self.ds(**inputs)
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
-        """Accumulate gradients of one micro-batch; `last` closes the update. Averages over ranks, divides by nothing."""
+        """Accumulate gradients of one micro-batch, averaged over ranks; `last` closes the update."""
         self.ds.set_gradient_accumulation_boundary(last)
         self.ds.backward(loss, scale_wrt_gas=False)
         if not last:
@@ -90,8 +90,8 @@ class Engine:
 
     def read(self, name: str) -> torch.Tensor:
         """The whole fp32 master of a parameter on every rank; for frozen ones the parameter itself."""
-        from deepspeed.utils import safe_get_full_fp32_param
         from deepspeed.runtime.zero import GatheredParameters
+        from deepspeed.utils import safe_get_full_fp32_param
         parameter = self.parameter(name)
         if self.stage and parameter.requires_grad:
             value = safe_get_full_fp32_param(parameter)
@@ -103,8 +103,8 @@ class Engine:
     @torch.no_grad()
     def write(self, name: str, value: torch.Tensor) -> None:
         """Set a parameter on every rank: the fp32 master and the copy that forward uses."""
-        from deepspeed.utils import safe_set_full_fp32_param
         from deepspeed.runtime.zero import GatheredParameters
+        from deepspeed.utils import safe_set_full_fp32_param
         parameter = self.parameter(name)
         if parameter.requires_grad and self.stage == 3:
             set_partitioned_master(parameter, value.to(self.world.device, torch.float32))

@@ -66,9 +66,7 @@ def save(engine: Engine, folder: RunFolder, lease: Lease | None, snapshot: Snaps
     world.on_main(prepare)
     world.all_or_none(lambda: _write_parts(engine, temporary, snapshot))
     figures = probe.measure(engine, snapshot.probe_inputs, snapshot.controls)
-    extra = _collect_extra(engine, snapshot.hooks)
-    world.on_main(lambda: _write_main(temporary, snapshot, figures, extra))
-    del extra
+    _write_shared(engine, temporary, snapshot, figures)
     world.barrier()
     hashes: dict[str, str] = {}
     for part in world.gather_objects(world.all_or_none(lambda: _hash_own(temporary, world.rank, world.size))):
@@ -77,8 +75,8 @@ def save(engine: Engine, folder: RunFolder, lease: Lease | None, snapshot: Snaps
     def publish() -> CheckpointRef:
         if not _held(lease).still_held():
             raise UserError(f"{folder.root}: another process took this run over; nothing more is written here")
-        Manifest.collect(temporary, hashes, step=step, k=int(snapshot.state["k"]), fence=_held(lease).fence, world=world.size,
-                         stage=engine.stage, dtype=engine.precision).write(temporary)
+        Manifest.collect(temporary, hashes, step=step, k=int(snapshot.state["k"]), fence=_held(lease).fence,
+                         world=world.size, stage=engine.stage, dtype=engine.precision).write(temporary)
         ref = folder.final_checkpoint(step, _held(lease).fence)
         publish_dir(temporary, ref.path)
         folder.write_pointer("latest", ref)
@@ -107,7 +105,7 @@ def _numel(parameter: torch.nn.Parameter) -> int:
 
 def _write_parts(engine: Engine, temporary: Path, snapshot: Snapshot) -> None:
     """DeepSpeed's shards and this rank's random state."""
-    # The version key is what DeepSpeed's converter to other world sizes asks for; without it a checkpoint is not elastic.
+    # The version key is what DeepSpeed's own converter to other world sizes asks for.
     engine.ds.save_checkpoint(str(temporary), tag=TAG, save_latest=False,
                               client_state={"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}})
     save_file(rng.capture(), temporary / f"rng-{engine.world.rank}.safetensors")
@@ -132,14 +130,22 @@ def _collect_extra(engine: Engine, hooks: Mapping[str, Any]) -> dict[str, torch.
     return extra
 
 
-def _write_main(temporary: Path, snapshot: Snapshot, figures: Mapping[str, float], extra: dict[str, torch.Tensor]) -> None:
+def _write_shared(engine: Engine, temporary: Path, snapshot: Snapshot, figures: Mapping[str, float]) -> None:
+    """What belongs to no rank, written by rank 0; all ranks take part in gathering frozen parameters."""
+    extra = _collect_extra(engine, snapshot.hooks)
+    engine.world.on_main(lambda: _write_main(temporary, snapshot, figures, extra))
+
+
+def _write_main(temporary: Path, snapshot: Snapshot, figures: Mapping[str, float],
+                extra: dict[str, torch.Tensor]) -> None:
     save_file(extra, temporary / "extra.safetensors")
     save_file({k: v.cpu().contiguous() for k, v in snapshot.probe_inputs.items()}, temporary / "probe.safetensors")
     write_json_atomic(temporary / "probe.json", {"figures": {k: float.hex(v) for k, v in figures.items()},
                                                  "controls": snapshot.controls})
     scalars = {k: v for k, v in snapshot.hooks.items() if not torch.is_tensor(v)}
-    write_json_atomic(temporary / "state.json", {"state": snapshot.state, "schedule": snapshot.schedule, "health": snapshot.health, "hooks": scalars,
-                                                 "data_fingerprint": snapshot.data_fingerprint})
+    write_json_atomic(temporary / "state.json", {
+        "state": snapshot.state, "schedule": snapshot.schedule, "health": snapshot.health, "hooks": scalars,
+        "data_fingerprint": snapshot.data_fingerprint})
 
 
 def _hash_own(temporary: Path, rank: int, world_size: int) -> dict[str, str]:
@@ -180,8 +186,8 @@ def load(engine: Engine, ref: CheckpointRef) -> Snapshot:
     probe.compare({k: float.fromhex(v) for k, v in saved["figures"].items()}, figures, exact=True,
                   precision=engine.precision, where=str(ref.path))
     rng.restore(load_file(ref.path / f"rng-{engine.world.rank}.safetensors"))
-    return Snapshot(stored["state"], stored["schedule"], stored["health"], {**stored["hooks"], **hook_tensors}, stored["data_fingerprint"],
-                    inputs, saved["controls"])
+    return Snapshot(stored["state"], stored["schedule"], stored["health"], {**stored["hooks"], **hook_tensors},
+                    stored["data_fingerprint"], inputs, saved["controls"])
 
 
 def check_compatible(engine: Engine, ref: CheckpointRef) -> None:

@@ -105,7 +105,7 @@ class World:
         return value  # type: ignore[return-value]
 
     def all_or_none(self, action: Callable[[], T]) -> T:
-        """Run `action` on every rank; if any rank fails, every rank raises the first failing one's error. Collective."""
+        """Run `action` on every rank; if any fails, every rank raises the first failing one's error. Collective."""
         value: T | None = None
         failure: Exception | None = None
         try:
@@ -222,10 +222,10 @@ def _meet(own: RankEnvironment, timeout_s: float) -> dist.Store:
     if late:
         if own.rank == 0:
             time.sleep(1.0)  # the store lives in this process: let the others read the verdict
-        error = UserError(f"{own.world_size - len(late.split(','))} of {own.world_size} ranks came within "
+        absent = UserError(f"{own.world_size - len(late.split(','))} of {own.world_size} ranks came within "
                           f"{timeout_s:.0f} s; missing: rank {late.replace(',', ', ')} (launch.timeout)")
-        error.agreed = True
-        raise error
+        absent.agreed = True
+        raise absent
     return store
 
 

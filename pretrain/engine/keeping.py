@@ -17,7 +17,8 @@ _log = logging.getLogger("pretrain")
 class Keeper:
     """Saves, points and forgets. Rank 0 alone touches pointers and deletes."""
 
-    def __init__(self, folder: RunFolder, lease: Lease | None, config: CheckpointConfig, keep_every_steps: int | None) -> None:
+    def __init__(self, folder: RunFolder, lease: Lease | None, config: CheckpointConfig,
+                 keep_every_steps: int | None) -> None:
         self.folder = folder
         self._lease = lease
         self._config = config

@@ -48,5 +48,5 @@ def compare(saved: Mapping[str, float], now: Mapping[str, float], *, exact: bool
         have = now.get(name)
         limit = 0.0 if exact else RTOL_OTHER_WORLD[precision] * max(abs(want), 1e-12)
         if have is None or not abs(have - want) <= limit:
-            raise DataCorruption(f"{where}: the loaded weights give {name} = {have!r} on the stored batch, the saved ones "
-                                 f"gave {want!r}; the checkpoint does not hold what was trained")
+            raise DataCorruption(f"{where}: the loaded weights give {name} = {have!r} on the stored batch, the saved "
+                                 f"ones gave {want!r}; the checkpoint does not hold what was trained")

@@ -37,4 +37,4 @@ def differences(engine: Engine) -> list[str]:
 
 
 def _expected_optimizer(stage: int) -> str:
-    return {0: "AdamW", 1: "DeepSpeedZeroOptimizer", 2: "DeepSpeedZeroOptimizer", 3: "DeepSpeedZeroOptimizer_Stage3"}[stage]
+    return ("AdamW", "DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3")[stage]

@@ -76,7 +76,8 @@ class Reporter:
         memory = peak_device_memory(self.world.device)
         row: dict[str, float | int | str | None] = {
             "step": state.step, "k": state.k, "tokens": progress.tokens, "loss": means.pop("loss", None),
-            "lr": self._lr, "grad_norm": self._grad_norm, "tokens_per_second": rates.tokens_per_second, "mfu": rates.mfu,
+            "lr": self._lr, "grad_norm": self._grad_norm, "tokens_per_second": rates.tokens_per_second,
+            "mfu": rates.mfu,
             "eta_seconds": rates.eta_seconds, "skipped": skipped, "rss_gb": peak_rss() / 1e9,
             "device_memory_gb": memory / 1e9 if memory is not None else None,
             **means, **{f"time/{name}": seconds for name, seconds in shares.items()},
@@ -97,7 +98,7 @@ class Reporter:
             if metric.ci is not None:
                 row[f"{name}/low"], row[f"{name}/high"] = metric.ci
         self.writer.write(row)
-        _log.info("step %d: %s", state.step, ", ".join(f"{name} {metric.value:.4f}" for name, metric in results.items()))
+        _log.info("step %d: %s", state.step, ", ".join(f"{name} {m.value:.4f}" for name, m in results.items()))
 
     def write_status(self, state: RunState) -> None:
         """Bring status.json up to date; at most every few seconds, because it is flushed to the disk."""
@@ -115,4 +116,5 @@ class Reporter:
         if self.world.size > 1:
             dist.all_reduce(flat)
         values = flat.tolist()
-        return {name: values[2 * i] / values[2 * i + 1] if values[2 * i + 1] else math.nan for i, name in enumerate(names)}
+        pairs = zip(names, values[0::2], values[1::2], strict=True)
+        return {name: total / count if count else math.nan for name, total, count in pairs}

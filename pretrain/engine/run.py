@@ -56,7 +56,8 @@ def run_rank(loaded: LoadedConfig, own: RankEnvironment, make_evaluators: Evalua
     raise AssertionError("unreachable")
 
 
-def _train(loaded: LoadedConfig, world: World, claim: Claim, make_evaluators: EvaluatorFactory, console: Console) -> ExitCode:
+def _train(loaded: LoadedConfig, world: World, claim: Claim, make_evaluators: EvaluatorFactory,
+           console: Console) -> ExitCode:
     beating = claim.lease.beating() if claim.lease is not None else contextlib.nullcontext()
     with beating:
         trainer = prepare(loaded, world, claim, make_evaluators(loaded.config), console)

@@ -73,4 +73,5 @@ class LearningRate:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`."""
         best = state.get("best")
-        self.plateau = PlateauState(float(state["factor"]), math.inf if best is None else float(best), int(state["waited"]))
+        self.plateau = PlateauState(float(state["factor"]), math.inf if best is None else float(best),
+                                    int(state["waited"]))

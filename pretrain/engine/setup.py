@@ -33,7 +33,7 @@ from pretrain.engine.stopping import StopRequests
 from pretrain.engine.trainer import Trainer
 from pretrain.engine.views import FamilyStartContext
 from pretrain.errors import CheckFailed, ConfigError, UserError
-from pretrain.models.base import Family
+from pretrain.models.base import Family, Hooks
 from pretrain.monitor.clock import TimeShares
 from pretrain.monitor.environment import describe_environment
 from pretrain.monitor.health import Health
@@ -116,7 +116,8 @@ def choose_precision(config: RunConfig, world: World) -> Precision:
     return precision
 
 
-def prepare(loaded: LoadedConfig, world: World, claim: Claim, evaluators: Sequence[Evaluator], console: Console) -> Trainer:
+def prepare(loaded: LoadedConfig, world: World, claim: Claim, evaluators: Sequence[Evaluator],
+            console: Console) -> Trainer:
     """Everything between the claim on the run folder and the first step. Collective."""
     config = loaded.config
     family, batch, precision = world.all_or_none(lambda: choose(config, world))
@@ -165,7 +166,8 @@ def _unverified(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"data": config.data.model_copy(update={"source": source})})
 
 
-def open_loader(config: RunConfig, batch: ResolvedBatch, world: World, data: TrainingData, start_k: int) -> UpdateLoader:
+def open_loader(config: RunConfig, batch: ResolvedBatch, world: World, data: TrainingData,
+                start_k: int) -> UpdateLoader:
     """The loader of this rank from update `start_k` on."""
     return UpdateLoader(data.source, data.order, batch, rank=world.rank, start_k=start_k, workers=config.data.workers,
                         prefetch=config.data.prefetch, pin_memory=world.device.type == "cuda")
@@ -191,18 +193,21 @@ def to_steps(config: RunConfig, batch: ResolvedBatch, epoch_samples: int | None,
 
 
 def _assemble(config: RunConfig, batch: ResolvedBatch, world: World, claim: Claim, engine: Engine, family: Family,
-              data: TrainingData, hooks: object, evaluators: Sequence[Evaluator], console: Console) -> Trainer:
+              data: TrainingData, hooks: Hooks, evaluators: Sequence[Evaluator], console: Console) -> Trainer:
     steps = total_steps(config, batch, data.epoch_samples)
     lr = LearningRate(config.schedule, warmup_steps=to_steps(config, batch, data.epoch_samples, "schedule.warmup"),
                       decay_steps=to_steps(config, batch, data.epoch_samples, "schedule.decay") or max(1, steps // 10),
                       total_steps=steps)
     peak = config.monitor.peak_flops
     if peak is None and world.device.type == "cuda":
-        peak = peak_flops(torch.cuda.get_device_name(world.device), "bf16" if engine.precision == "bf16" else engine.precision)
+        tf32 = engine.precision == "fp32" and torch.backends.cuda.matmul.allow_tf32
+        peak = peak_flops(torch.cuda.get_device_name(world.device), "tf32" if tf32 else engine.precision)
     writer = progress = None
     if world.is_main:
         assert claim.lease is not None
-        wandb = WandbOptions(project=config.monitor.wandb_project, name=config.name) if config.monitor.wandb else None
+        wandb = WandbOptions(
+            project=config.monitor.wandb_project, name=config.name, config=config.model_dump(mode="json")
+        ) if config.monitor.wandb else None
         writer = MetricsWriter(claim.folder, family.csv_columns, config.monitor.tensorboard, wandb, claim.lease.fence)
         progress = Progress(config.monitor.progress, steps, console)
 
@@ -215,9 +220,10 @@ def _assemble(config: RunConfig, batch: ResolvedBatch, world: World, claim: Clai
                                    peak_flops=peak, devices=world.size), writer, progress, claim.status, diagnose)
     stop = StopRequests(claim.folder, is_main=world.is_main, max_hours=config.train.max_hours, started=time.monotonic())
     profile = config.monitor.profile_steps
+    objective = resolve(OBJECTIVES, config.objective.name, "objective.name")(config.objective)
     return Trainer(
-        config=config, batch=batch, engine=engine, objective=resolve(OBJECTIVES, config.objective.name, "objective.name")(
-            config.objective), hooks=hooks, loader=open_loader(config, batch, world, data, 0), evaluators=evaluators,
+        config=config, batch=batch, engine=engine, objective=objective, hooks=hooks,
+        loader=open_loader(config, batch, world, data, 0), evaluators=evaluators,
         lr=lr, state=RunState(), total_steps=steps, epoch_samples=data.epoch_samples, data_fingerprint=data.fingerprint,
         stop=stop, reporter=reporter,
         keeper=Keeper(claim.folder, claim.lease, config.checkpoint,
@@ -233,8 +239,8 @@ def _resume(trainer: Trainer, ref: CheckpointRef, data: TrainingData) -> None:
     snapshot = checkpoint.load(trainer.engine, ref)
     if snapshot.data_fingerprint != data.fingerprint:
         raise UserError(f"{ref.path}: was trained on other data, order or batch size (fingerprint "
-                        f"{snapshot.data_fingerprint[:12]}, now {data.fingerprint[:12]}); give the run another name, or "
-                        "start it with train.init_from")
+                        f"{snapshot.data_fingerprint[:12]}, now {data.fingerprint[:12]}); give the run another "
+                        "name, or start it with train.init_from")
     trainer.state = RunState.from_json(snapshot.state)
     trainer.lr.load_state_dict(snapshot.schedule)
     trainer.health.load_state_dict(snapshot.health)

@@ -208,7 +208,8 @@ class Trainer:
         if train.patience and self.state.evaluations_without_improvement >= train.patience:
             self.state.stopped_early = f"no improvement of {self.config.eval.metric} in {train.patience} evaluations"
         if train.target_perplexity and perplexity and perplexity.value <= train.target_perplexity:
-            self.state.stopped_early = f"validation perplexity {perplexity.value:.4g} reached {train.target_perplexity:g}"
+            reached = f"{perplexity.value:.4g} reached {train.target_perplexity:g}"
+            self.state.stopped_early = f"validation perplexity {reached}"
         return improved
 
     def _save(self, *, best: bool = False) -> None:
@@ -216,7 +217,8 @@ class Trainer:
             self.reporter.writer.sync()
         with self.reporter.aside("save"):
             snapshot = checkpoint.Snapshot(self.state.to_json(), self.lr.state_dict(), self.health.state_dict(),
-                                           dict(self.hooks.state_dict()), self.data_fingerprint, self.probe_inputs, self.hooks.controls(self.state.step))
+                                           dict(self.hooks.state_dict()), self.data_fingerprint, self.probe_inputs,
+                                           self.hooks.controls(self.state.step))
             self.keeper.save(self.engine, snapshot, best_metric=self.config.eval.metric if best else None)
 
     def _finish(self) -> None:

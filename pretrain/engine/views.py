@@ -41,7 +41,8 @@ class TrainingView:
 class FamilyStartContext:
     """`EngineStartContext`: before DeepSpeed takes the model."""
 
-    def __init__(self, model: PreTrainedModel, world: World, partitioned: bool, samples: Callable[[int], Batch]) -> None:
+    def __init__(self, model: PreTrainedModel, world: World, partitioned: bool,
+                 samples: Callable[[int], Batch]) -> None:
         self.model = model
         self.rank = world.rank
         self.world_size = world.size

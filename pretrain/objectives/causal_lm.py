@@ -41,4 +41,5 @@ class CausalLM:
         sums = {"nll": output.nll_sum}
         if "z" in self.terms:
             sums["z"] = output.terms["z"][0]
-        return SumResult(sums, {"accuracy": (output.n_correct, output.n_tokens), "nll": (output.nll_sum, output.n_tokens)})
+        return SumResult(sums, {"accuracy": (output.n_correct, output.n_tokens),
+                                "nll": (output.nll_sum, output.n_tokens)})

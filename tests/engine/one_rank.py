@@ -41,7 +41,8 @@ def bare_loop(world: World, folder: Path) -> list[float]:
 
 def golden(world: World, folder: Path) -> list[float]:
     """100 losses of a small Llama, fp32, ZeRO-2."""
-    model = {"family": "baseline", "body": "llama", "vocab_size": 64, "hidden_size": 32, "num_layers": 2, "num_heads": 4}
+    model = {"family": "baseline", "body": "llama", "vocab_size": 64, "hidden_size": 32, "num_layers": 2,
+             "num_heads": 4}
     return run(world, folder, "golden", model=model, train={"length": "100 steps"}, optim={"lr": 0.003})
 
 
@@ -57,7 +58,8 @@ def evaluation_changes_nothing(world: World, folder: Path) -> dict[str, Any]:
 
         def evaluate(self, view: Any) -> EvalResult:
             torch.rand(1000)
-            out = view.forward(input_ids=torch.zeros(2, 16, dtype=torch.long), labels=torch.zeros(2, 16, dtype=torch.long))
+            zeros = torch.zeros(2, 16, dtype=torch.long)
+            out = view.forward(input_ids=zeros, labels=zeros)
             self.modes.append(bool(out.nll_sum.requires_grad))
             return EvalResult({"val/loss": Metric(float(out.nll_sum), 32, False)})
 

@@ -26,14 +26,16 @@ def splits(world: World, folder: Path) -> dict[str, list[float]]:
 
 def contrastive(world: World, folder: Path) -> dict[str, list[float]]:
     """20 losses of the update objective; the cache chunk is 1 sample at every world size."""
-    return {str(stage): run(world, folder, f"stage{stage}", model={"encoder": True}, objective={"name": "toy_contrastive"},
-                            engine={"zero_stage": stage}, batch={"global_batch_size": 8, "micro_batch_size": 1})
+    return {str(stage): run(world, folder, f"stage{stage}", model={"encoder": True},
+                            objective={"name": "toy_contrastive"}, engine={"zero_stage": stage},
+                            batch={"global_batch_size": 8, "micro_batch_size": 1})
             for stage in (0, 2, 3)}
 
 
 def bf16(world: World, folder: Path) -> dict[str, list[float]]:
     """20 losses in bf16 on the stages that train it."""
-    return {str(stage): run(world, folder, f"stage{stage}", data=UNEVEN, engine={"zero_stage": stage, "precision": "bf16"},
+    return {str(stage): run(world, folder, f"stage{stage}", data=UNEVEN,
+                            engine={"zero_stage": stage, "precision": "bf16"},
                             batch={"global_batch_size": 8, "gradient_accumulation_steps": 4 // world.size})
             for stage in (2, 3)}
 

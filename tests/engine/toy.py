@@ -1,4 +1,4 @@
-"""A small family that uses every part of the contract: frozen weights, fp32 buffers, scalars, hooks, both objectives."""
+"""A small family that uses every part of the contract: frozen weights, buffers, scalars, hooks, both objectives."""
 
 from __future__ import annotations
 
@@ -60,7 +60,8 @@ class ToyConfig(ModelConfig):
 class ToyHFConfig(PreTrainedConfig):
     model_type = "toy-test"
 
-    def __init__(self, width: int = 16, vocab_size: int = 64, dropout: float = 0.0, encoder: bool = False, **kw: Any) -> None:
+    def __init__(self, width: int = 16, vocab_size: int = 64, dropout: float = 0.0, encoder: bool = False,
+                 **kw: Any) -> None:
         super().__init__(**kw)
         self.width, self.vocab_size, self.dropout, self.encoder = width, vocab_size, dropout, encoder
 
@@ -86,8 +87,9 @@ class ToyModel(PreTrainedModel):
         if isinstance(module, (torch.nn.Linear, torch.nn.Embedding)):
             torch.nn.init.normal_(module.weight, std=0.2)
 
-    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None, document_ids: torch.Tensor | None = None,
-                controls: Mapping[str, float] | None = None, return_logits: bool = False) -> Any:
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None,
+                document_ids: torch.Tensor | None = None, controls: Mapping[str, float] | None = None,
+                return_logits: bool = False) -> Any:
         x = self.embed(input_ids)
         ramp = (controls or {}).get("ramp", 1.0)
         count = torch.arange(1, x.shape[1] + 1, device=x.device)[None, :, None]
@@ -161,7 +163,8 @@ class ToyContrastive:
         return {"input_ids": batch["input_ids"]}
 
     def run(self, handle: UpdateHandle, micro_batches: Any, controls: Mapping[str, float]) -> UpdateResult:
-        views = [Batch(b.sample_ids, {"input_ids": ids}) for b in micro_batches for ids in b["input_ids"].chunk(2, dim=1)]
+        views = [Batch(b.sample_ids, {"input_ids": half}) for b in micro_batches
+                 for half in b["input_ids"].chunk(2, dim=1)]
         states, vectors = [], []
         for view in views:
             states.append(handle.rng_state())
@@ -208,7 +211,8 @@ class UnevenSource:
         labels = tokens[:, 1:].clone()
         ignored = torch.tensor([int(np.random.default_rng([8, int(i)]).integers(0, 16)) for i in sample_ids])
         labels[torch.arange(16)[None] < ignored[:, None]] = -100
-        return Batch(torch.from_numpy(sample_ids.astype(np.int64)), {"input_ids": tokens[:, :-1].clone(), "labels": labels})
+        ids = torch.from_numpy(sample_ids.astype(np.int64))
+        return Batch(ids, {"input_ids": tokens[:, :-1].clone(), "labels": labels})
 
 
 def open_uneven(config: UnevenConfig, data: Any) -> UnevenSource:
