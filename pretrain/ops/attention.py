@@ -32,9 +32,15 @@ def blocked_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, b
         blocks: from `query_blocks`.
         scale: factor of the scores.
 
-    Returns [B, T, H, d]. Softmax sums in fp32; scores and probabilities are rounded to the dtype of the query.
+    Returns [B, T, H, d]. Softmax sums in fp32; scores and probabilities are rounded to the dtype of the query, or to
+    that of autocast where it is on.
     """
-    return _BlockedAttention.apply(query, key.contiguous(), value.contiguous(), bias, blocks, scale)
+    device_type = query.device.type
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    with torch.autocast(device_type, enabled=False):
+        return _BlockedAttention.apply(query, key.contiguous(), value.contiguous(), bias, blocks, scale)
 
 
 class _Geometry:

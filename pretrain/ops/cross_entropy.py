@@ -2,8 +2,9 @@
 
 Two levels. *Chunks* bound memory: with more than one, logits are dropped after the forward pass and computed again in
 the backward pass, by calling the head module once more, so that hooks on it (ZeRO-3 gathers weights there) run as in
-any forward. *Row blocks* inside a chunk bound the fp32 temporaries to what stays in cache, which makes the loss about
-2.5 times faster on a CPU than `logits.float()` followed by `F.cross_entropy` and `argmax`.
+any forward. *Row blocks* inside a chunk bound the fp32 temporaries to what stays in cache: head and loss together run
+2.4 times faster in bf16 and 1.2 times in fp32 than `logits.float()` with `F.cross_entropy` and `argmax` (measured on
+one AVX-512-BF16 core, width 256, vocabulary 8192).
 """
 
 from __future__ import annotations

@@ -284,3 +284,15 @@ def test_bf16_follows_fp32():
     a, b = (m(ids, labels=ids, document_ids=documents).nll_sum for m in (wide, narrow))
     assert b.dtype == torch.float32
     torch.testing.assert_close(a, b, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("body", LANGUAGE_MODELS)
+def test_autocast_follows_fp32(body):
+    model = build(body, initializer_range=0.02)
+    ids, documents = tokens(), (torch.arange(T) > 11).long().expand(2, T)
+    exact = model(ids, labels=ids, document_ids=documents).nll_sum
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model(ids, labels=ids, document_ids=documents).nll_sum
+    rounded.backward()
+    torch.testing.assert_close(exact, rounded, rtol=1e-3, atol=0)
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
