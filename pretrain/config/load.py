@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from pretrain.config.merge import Layered, apply_sets
 from pretrain.config.model import Section
 from pretrain.config.presets import display_path, preset_path
-from pretrain.config.problems import collect
+from pretrain.config.problems import booleans_as_numbers, collect
 from pretrain.config.run import RunConfig
 from pretrain.config.sections import dotted, flatten, plain
 from pretrain.config.yaml_io import Key, inline, read_yaml
@@ -47,6 +47,7 @@ def load_yaml_model(model: type[S], path: str | Path, sets: Sequence[str] = ()) 
     layered = Layered()
     _lay_file(layered, model, path, ())
     problems = apply_sets(layered, model, sets)
+    problems += booleans_as_numbers(model, layered, where)
     instance, found = collect(lambda: model.model_validate(layered.values), model, layered, where)
     problems += found
     if problems:

@@ -30,8 +30,8 @@ MAX_LIVE_PARAMETERS = 1_000_000_000
 """Gathered weights that stage 3 keeps at once (`stage3_max_live_parameters`): below it, all of them."""
 ZERO3_INIT_PARAMETERS = 500_000_000
 """`engine.zero3_init: auto` partitions weights while they are built from this size on."""
-_KEPT_ACTIVATIONS = 1.4
-"""Bytes that a CPU process holds for a byte of activations: the C library does not return all that is freed."""
+_KEPT_ACTIVATIONS = 0.4
+"""Bytes that a CPU process holds beside each byte of activations: the C library does not return all that is freed."""
 _KEPT_A_PARAMETER = 0.7
 """Further bytes a trainable parameter that it holds on a CPU."""
 
@@ -175,7 +175,7 @@ def _backward(s: _Sizes) -> Iterator[Term]:
         yield Term("reduce buckets", 4 * s.bucket * buffers, f"{buffers} x 4 B")
     if s.stage == 2 and s.accumulates and s.element == 4:
         yield Term("gradients of the micro-batch", 4 * s.share, "4 P / W")
-    yield from _slack(s, int((_KEPT_ACTIVATIONS - 1) * s.activations), "0.4 x activations + ")
+    yield from _slack(s, round(_KEPT_ACTIVATIONS * s.activations), "0.4 x activations + ")
 
 
 def _step(s: _Sizes, fused: bool) -> Iterator[Term]:
@@ -183,11 +183,11 @@ def _step(s: _Sizes, fused: bool) -> Iterator[Term]:
         yield Term("flat gradients", 4 * s.share, "4 P / W", s.optimizer_on_host)
     if not fused and s.stage:
         yield Term("AdamW temporaries", 8 * s.share, "2 x 4 P / W")
-    kept = int(_KEPT_ACTIVATIONS * s.activations) + s.gathered if s.cpu else 0
+    kept = round((1 + _KEPT_ACTIVATIONS) * s.activations) + s.gathered if s.cpu else 0
     yield from _slack(s, kept, "1.4 x activations + gathered weights + ")
 
 
 def _slack(s: _Sizes, kept: int, formula: str = "") -> Iterator[Term]:
     """Memory that the C library holds on a CPU after it was freed."""
     if s.cpu:
-        yield Term("kept by the allocator", kept + int(_KEPT_A_PARAMETER * s.trainable), f"{formula}0.7 P")
+        yield Term("kept by the allocator", kept + round(_KEPT_A_PARAMETER * s.trainable), f"{formula}0.7 P")

@@ -67,6 +67,8 @@ class Layered:
         if tag and tag[0] in over and over[tag[0]] != base.get(tag[0], tag[1]):
             base.clear()
             self._forget(path)
+        if over:
+            self.origins.pop(path, None)  # an empty section was a leaf until now
         for key, value in over.items():
             here = (*path, key)
             if isinstance(value, Mapping) and isinstance(base.get(key), dict):

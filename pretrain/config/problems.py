@@ -13,7 +13,7 @@ from pydantic_core import ErrorDetails
 
 from pretrain.config.merge import Layered, unknown_key
 from pretrain.config.model import Section
-from pretrain.config.sections import child_annotation, dotted, fields_of, members, section_class, tag_of
+from pretrain.config.sections import child_annotation, dotted, fields_of, flatten, members, section_class, tag_of
 from pretrain.config.yaml_io import Key, inline
 from pretrain.errors import ConfigError, ConfigErrors
 
@@ -49,6 +49,9 @@ def _describe(detail: ErrorDetails, prefix: Key, schema: type[Section], layered:
     if detail["type"] == "extra_forbidden":
         return [ConfigError(dotted(path), unknown_key(schema, owner, str(path[-1])), where=place)]
     help_text = f"; {info.description}" if info and info.description else ""
+    if detail["type"] == "missing" and isinstance(loc[-1], int):
+        rule = f"must have at least {loc[-1] + 1} items"
+        return [ConfigError(dotted(path), rule + help_text, where=place, value=_shown(detail["input"]))]
     if detail["type"] == "missing":
         return [ConfigError(dotted(path), f"is missing{help_text}", where=where)]
     rule = str(cause) if cause is not None else _rule(detail, info)
@@ -126,6 +129,23 @@ def _choices(info: FieldInfo | None, fallback: str) -> str:
     options = [o for m in members(info.annotation) if typing.get_origin(m) is Literal for o in typing.get_args(m)] \
         if info else []
     return "one of " + ", ".join(inline(o) for o in options) if options else fallback
+
+
+def booleans_as_numbers(schema: type[Section], layered: Layered, where: str) -> list[ConfigError]:
+    """`true` and `false` where a number stands: pydantic would take them for 1 and 0."""
+    problems = []
+    for path, value in flatten(layered.values).items():
+        if not isinstance(value, bool):
+            continue
+        annotation: Any = schema
+        values: Any = layered.values
+        for part in path:
+            annotation, values = child_annotation(annotation, values, part), values[part]
+        allowed = members(annotation)
+        if not {bool, Any} & set(allowed) and {int, float} & set(allowed):
+            rule = "must be a number" if float in allowed else "must be a whole number"
+            problems.append(ConfigError(dotted(path), rule, where=layered.place(path) or where, value=_shown(value)))
+    return problems
 
 
 def collect(check: Callable[[], Any], schema: type[Section], layered: Layered, where: str
