@@ -128,7 +128,8 @@ def _provenance(target: Target, model: PreTrainedModel, dtype: str, native: bool
         "checkpoint_manifest_sha256": target.weights_sha256, "architecture": type(model).__name__,
         "module": type(target.model).__module__, "model": {"family": target.family, "parameters": target.parameters()},
         "document_masking": config.data.document_masking, "dataset": dataset,
-        "tokenizer_sha256": target.tokenizer_sha256, "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "tokenizer_sha256": target.tokenizer_sha256, "controls": dict(target.controls),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
@@ -145,7 +146,7 @@ def _prove(target: Target, folder: Path, facts: dict[str, Any]) -> float:
     limit = TOLERANCE[facts["dtype"]]
     try:
         difference = _fresh_process(str(folder), str(reference), facts["dtype"],
-                                    "" if facts["native"] else facts["module"])
+                                    "" if facts["native"] else facts["module"], json.dumps(facts["controls"]))
     finally:
         reference.unlink(missing_ok=True)
     if not difference <= limit:
@@ -155,9 +156,10 @@ def _prove(target: Target, folder: Path, facts: dict[str, Any]) -> float:
     return difference
 
 
-def _fresh_process(folder: str, reference: str, dtype: str, module: str) -> float:
+def _fresh_process(folder: str, reference: str, dtype: str, module: str, controls: str) -> float:
     """`verify_export.largest_difference` in a new interpreter. Raises CheckFailed where that cannot load the export."""
-    command = [sys.executable, "-P", "-m", "evaluation.verify_export", folder, reference, dtype, module]
+    command = [sys.executable, "-P", "-m", "evaluation.verify_export", folder, reference, dtype, module,
+               controls]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_CHECK_TIMEOUT, check=False)
     except subprocess.TimeoutExpired:

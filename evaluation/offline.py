@@ -84,7 +84,7 @@ def evaluate_perplexity(target: Target, request: Request, command: list[str]) ->
 def evaluate_gates(target: Target, request: Request, command: list[str]) -> Results:
     """The gates of the model: causality, padding, documents, decode = forward, random tokens."""
     seq_len = min(64, target.max_seq_len or 64)
-    outcomes = run_gates(target.forward, vocab_size=target.vocab_size, seq_len=seq_len, seed=request.seed,
+    outcomes = run_gates(target.module, vocab_size=target.vocab_size, seq_len=seq_len, seed=request.seed,
                          device=target.device)
     passed = [outcome.passed for outcome in outcomes]
     return Results(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,8 +46,8 @@ class Target:
     path: Path
     kind: Kind
     model: PreTrainedModel
-    forward: Callable[..., Any]
-    """The contract of `LMOutput`: for our families the model itself, for plain transformers models a wrapper."""
+    module: torch.nn.Module
+    """What is called, by the contract of `LMOutput`: our model, or a wrapper around a plain transformers model."""
     dtype: str
     device: torch.device
     vocab_size: int
@@ -62,8 +62,14 @@ class Target:
     manifest: Manifest | None = None
     weights_sha256: str = ""
     """Of a checkpoint's manifest, or over the safetensors files."""
+    controls: Mapping[str, float] = field(default_factory=dict)
+    """Values of the family's hooks at this step, which its forward was called with in training."""
     provenance: dict[str, Any] = field(default_factory=dict)
     """What an export says of its own origin."""
+
+    def forward(self, **inputs: Any) -> Any:
+        """The model's forward as training calls it."""
+        return self.module(**inputs, controls=self.controls) if self.controls else self.module(**inputs)
 
     @property
     def family(self) -> str:
@@ -146,6 +152,7 @@ def _from_checkpoint(ref: CheckpointRef, folder: RunFolder, path: Path, kind: Ki
         manifest = Manifest.read(ref.path)
         weights_sha256 = hash_file(ref.path / MANIFEST)
         weights = load_weights(ref.path)
+        controls = json.loads((ref.path / "probe.json").read_bytes())["controls"]
     family: Family = resolve(FAMILIES, config.model.family, "model.family")
     model = family.build(config.model, BuildContext(seed=config.seed, document_masking=config.data.document_masking))
     put_weights(model, weights, str(ref.path))
@@ -153,7 +160,7 @@ def _from_checkpoint(ref: CheckpointRef, folder: RunFolder, path: Path, kind: Ki
     model = model.to(device).eval()
     tokenizer, sha, eos = dataset_tokenizer(config)
     return Target(path, kind, model, model, dtype, device, config.model.vocab_size, config.model.max_seq_len, tokenizer,
-                  sha, eos, config, ref, folder, manifest, weights_sha256)
+                  sha, eos, config, ref, folder, manifest, weights_sha256, controls)
 
 
 @torch.no_grad()
@@ -222,7 +229,8 @@ def _from_pretrained(path: Path, dtype: str, device: torch.device, trust_remote_
         path, "export" if provenance else "huggingface", model, model if ours else PlainCausalLM(model).eval(), dtype,
         device, int(config.get_text_config().vocab_size), getattr(config, "max_position_embeddings", None),
         load_tokenizer(file) if file.is_file() else None, hash_file(file) if file.is_file() else None,
-        eos[0] if isinstance(eos, list) else eos, weights_sha256=hash_weights(path), provenance=provenance)
+        eos[0] if isinstance(eos, list) else eos, weights_sha256=hash_weights(path),
+        controls=provenance.get("controls", {}) if ours else {}, provenance=provenance)
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Loads an export as a stranger would and reports how far its logits are from stored ones.
 
-Run as `python -P -m evaluation.verify_export FOLDER REFERENCE DTYPE MODULE`. Prints one line of JSON. A native export
-is loaded by transformers alone: MODULE, which registers one of our architectures, is then empty.
+Run as `python -P -m evaluation.verify_export FOLDER REFERENCE DTYPE MODULE CONTROLS`. Prints one line of JSON. A native
+export is loaded by transformers alone: MODULE, which registers one of our architectures, is then empty.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 
-def largest_difference(folder: str, reference: str, dtype: str, module: str) -> float:
+def largest_difference(folder: str, reference: str, dtype: str, module: str, controls: str) -> float:
     """Largest difference of a logit over the largest stored one; infinite where a logit is not finite."""
     if module:
         importlib.import_module(module)
@@ -26,7 +27,9 @@ def largest_difference(folder: str, reference: str, dtype: str, module: str) -> 
                                                        use_safetensors=True, output_loading_info=True)
     if info["missing_keys"] or info["unexpected_keys"]:
         raise ValueError(f"missing weights {sorted(info['missing_keys'])}, unknown {sorted(info['unexpected_keys'])}")
-    extra = {"return_logits": True} if module else {}
+    extra: dict[str, Any] = {"return_logits": True} if module else {}
+    if module and json.loads(controls):
+        extra["controls"] = json.loads(controls)
     with torch.no_grad():
         logits = model.eval()(input_ids=stored["input_ids"], **extra).logits.float()
     difference = (logits - stored["logits"]).abs().max() / stored["logits"].abs().max()

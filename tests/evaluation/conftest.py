@@ -1,5 +1,6 @@
 """A small prepared dataset and run configs over it, shared by the tests of the evaluation room."""
 
+import json
 import random
 from pathlib import Path
 
@@ -59,7 +60,7 @@ def make_config(dataset: Path, runs: Path, **changes) -> RunConfig:
     return RunConfig.model_validate({**values, **changes})
 
 
-def make_run(config: RunConfig, *, step=3, fence=1, seed=0):
+def make_run(config: RunConfig, *, step=3, fence=1, seed=0, controls=None):
     """A run folder with one ZeRO-0 checkpoint of a seeded model, as the engine lays it out. Returns (run, model)."""
     family = resolve(FAMILIES, config.model.family, "model.family")
     model = family.build(config.model, BuildContext(seed=seed)).eval()
@@ -72,6 +73,7 @@ def make_run(config: RunConfig, *, step=3, fence=1, seed=0):
     batch = config.batch.resolve(1)
     probe = open_training(config, batch).samples(2)
     save_file({"input_ids": probe["input_ids"].contiguous()}, path / "probe.safetensors")
+    (path / "probe.json").write_text(json.dumps({"figures": {}, "controls": controls or {}}))
     (path / "state.json").write_text('{"health": {"bad_steps": {"skipped": [1]}}}')
     Manifest.collect(path, {}, step=step, k=step + 1, fence=fence, world=1, stage=0, dtype="fp32").write(path)
     return folder, model
@@ -80,3 +82,9 @@ def make_run(config: RunConfig, *, step=3, fence=1, seed=0):
 @pytest.fixture
 def run(run_config):
     return make_run(run_config)
+
+
+@pytest.fixture
+def run_with_controls(run_config):
+    """A run whose family passed controls to its forward."""
+    return make_run(run_config, controls={"ramp": 0.5})

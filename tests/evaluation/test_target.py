@@ -193,3 +193,17 @@ def test_the_best_checkpoint_is_the_one_pointed_at(run, run_config):
     assert open_target(str(folder.root), best=True).checkpoint.step == 3
     assert open_target(str(folder.root), step=3).checkpoint.step == 3
     assert perplexity.max_samples(2, 8) == 16 and perplexity.max_samples(None, 8) is None
+
+
+def test_controls_of_the_step_reach_the_forward(run_with_controls, monkeypatch):
+    folder, _ = run_with_controls
+    target = open_target(str(folder.root))
+    seen = []
+    original = type(target.model).forward
+
+    def forward(self, *args, controls=None, **inputs):
+        seen.append(controls)
+        return original(self, *args, **inputs)
+    monkeypatch.setattr(type(target.model), "forward", forward)
+    evaluate_perplexity(target, Request(max_windows=2, texts=1, max_new_tokens=2), ["test"])
+    assert len(seen) >= 3 and all(c == {"ramp": 0.5} for c in seen)
