@@ -48,12 +48,20 @@ def train(config: ConfigArgument = None, preset: PresetOption = None, *, sets: S
 
 
 def evaluators(config: RunConfig) -> Sequence[Evaluator]:
-    """What a run evaluates in training: validation perplexity for language models that have a validation split."""
+    """What a run evaluates in training: perplexity, and texts, of language models that have a validation split."""
+    from pathlib import Path
+
     from evaluation.perplexity import PerplexityEvaluator
+    from evaluation.samples import SamplesEvaluator
     from pretrain.data.open import open_validation
+    from pretrain.runfolder.layout import RunFolder
     if config.model.kind != "causal_lm" or open_validation(config) is None:
         return []
-    return [PerplexityEvaluator(config.eval.every, config.eval.max_batches)]
+    found: list[Evaluator] = [PerplexityEvaluator(config.eval.every, config.eval.max_batches)]
+    if config.eval.samples:
+        eval_dir = RunFolder(Path(config.runs_dir) / config.name).eval_dir
+        found.append(SamplesEvaluator(config.eval.every, config.eval.samples, eval_dir))
+    return found
 
 
 def report(loaded: LoadedConfig) -> None:
