@@ -15,6 +15,9 @@ from pretrain.errors import ConfigError, UserError
 
 MAX_BUCKET_ELEMENTS = 50_000_000
 """Elements of DeepSpeed's reduce bucket. It is allocated whole, so a small model gets a bucket of its own size."""
+ZERO3_INIT_PARAMETERS = 500_000_000
+"""`engine.zero3_init: auto` partitions weights as they are built from this size on. Below it the model is built whole
+and then partitioned, so that all stages start from the same bits."""
 
 OWNED = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
          "bf16", "fp16", "optimizer", "scheduler", "zero_optimization.stage", "data_types", "checkpoint",
@@ -55,8 +58,7 @@ def deepspeed_config(config: RunConfig, batch: ResolvedBatch, precision: Precisi
         ds["communication_data_type"] = "fp32"
     zero = ds["zero_optimization"]
     if stage:
-        bucket = min(MAX_BUCKET_ELEMENTS, max(1_000_000, config.model.parameter_count().trainable))
-        zero["reduce_bucket_size"] = zero["allgather_bucket_size"] = bucket
+        zero["reduce_bucket_size"] = zero["allgather_bucket_size"] = bucket_elements(config)
         zero["overlap_comm"] = on_cuda
         pin = on_cuda
         if config.engine.offload.optimizer == "cpu":
@@ -65,6 +67,18 @@ def deepspeed_config(config: RunConfig, batch: ResolvedBatch, precision: Precisi
             zero["offload_param"] = {"device": "cpu", "pin_memory": pin}
     _lay_over(ds, config.engine.deepspeed)
     return ds
+
+
+def bucket_elements(config: RunConfig) -> int:
+    """Elements of the reduce bucket, before `engine.deepspeed` has its say."""
+    return min(MAX_BUCKET_ELEMENTS, max(1_000_000, config.model.parameter_count().trainable))
+
+
+def built_in_parts(config: RunConfig) -> bool:
+    """Whether weights are partitioned while the model is built (ZeRO stage 3 only)."""
+    wanted = config.engine.zero3_init
+    large = config.model.parameter_count().total >= ZERO3_INIT_PARAMETERS
+    return config.engine.zero_stage == 3 and (wanted == "on" or (wanted == "auto" and large))
 
 
 def _base(stage: int) -> dict[str, Any]:

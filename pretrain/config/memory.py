@@ -21,15 +21,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from pretrain.config.deepspeed import MAX_BUCKET_ELEMENTS
+from pretrain.config.deepspeed import bucket_elements, built_in_parts
 from pretrain.config.precision import DeviceKind
 from pretrain.config.run import Precision, ResolvedBatch, RunConfig
 
 PhaseName = Literal["build", "backward", "step"]
 MAX_LIVE_PARAMETERS = 1_000_000_000
 """Gathered weights that stage 3 keeps at once (`stage3_max_live_parameters`): below it, all of them."""
-ZERO3_INIT_PARAMETERS = 500_000_000
-"""`engine.zero3_init: auto` partitions weights while they are built from this size on."""
 _KEPT_ACTIVATIONS = 0.4
 """Bytes that a CPU process holds beside each byte of activations: the C library does not return all that is freed."""
 _KEPT_A_PARAMETER = 0.7
@@ -105,11 +103,6 @@ class _Sizes:
         return self.element * min(self.total, MAX_LIVE_PARAMETERS) if self.stage == 3 else 0
 
 
-def bucket_elements(trainable: int) -> int:
-    """Elements of the reduce bucket: a small model gets one of its own size."""
-    return min(MAX_BUCKET_ELEMENTS, max(1_000_000, trainable))
-
-
 def rank_memory(config: RunConfig, batch: ResolvedBatch, precision: Precision, device: DeviceKind) -> RankMemory:
     """Memory of one rank of `config` in each phase."""
     model, engine, count = config.model, config.engine, config.model.parameter_count()
@@ -118,15 +111,14 @@ def rank_memory(config: RunConfig, batch: ResolvedBatch, precision: Precision, d
     per_token = model.activation_bytes_per_token(config.data.seq_len, element_bytes=element,
                                                  checkpointing=engine.activation_checkpointing)
     stage, cpu = engine.zero_stage, device == "cpu"
-    bucket = engine.deepspeed.get("zero_optimization", {}).get("reduce_bucket_size") or bucket_elements(count.trainable)
+    bucket = engine.deepspeed.get("zero_optimization", {}).get("reduce_bucket_size") or bucket_elements(config)
     sizes = _Sizes(
         trainable=count.trainable, frozen=count.total - count.trainable, world=batch.data_parallel_size,
         element=element, stage=stage, bucket=int(bucket), activations=int(per_token * tokens),
         logits=model.loss_bytes(tokens, element_bytes=element), accumulates=batch.gradient_accumulation_steps > 1,
         cpu=cpu, optimizer_on_host=engine.offload.optimizer == "cpu" and not cpu,
         weights_on_host=engine.offload.parameters == "cpu" and not cpu,
-        built_in_parts=stage == 3 and (engine.zero3_init == "on" or (
-            engine.zero3_init == "auto" and count.total >= ZERO3_INIT_PARAMETERS)))
+        built_in_parts=built_in_parts(config))
     fused = device == "cuda" or engine.offload.optimizer == "cpu"
     return RankMemory({"build": tuple(_build(sizes)),
                        "backward": tuple([*_held(sizes), *_backward(sizes)]),

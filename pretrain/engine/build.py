@@ -9,15 +9,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from pretrain.config.deepspeed import deepspeed_config
+from pretrain.config.deepspeed import built_in_parts, deepspeed_config
 from pretrain.config.run import Precision, ResolvedBatch, RunConfig
 from pretrain.engine.distributed import World
 from pretrain.engine.traps import float_buffers, quiet, remove_stale_locks, restore_buffers, set_partitioned_master
 from pretrain.models.base import BuildContext, Family, ParamGroup
-
-ZERO3_INIT_PARAMETERS = 500_000_000
-"""`engine.zero3_init: auto` partitions weights as they are built from this size on. Below it the model is built whole
-and then partitioned, so that all stages start from the same bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,9 +143,7 @@ def build_model(config: RunConfig, family: Family, batch: ResolvedBatch, precisi
     """
     ds_config = deepspeed_config(config, batch, precision, on_cuda=world.device.type == "cuda")
     keepalive = None
-    wanted = config.engine.zero3_init
-    if config.engine.zero_stage == 3 and (wanted == "on" or (
-            wanted == "auto" and config.model.parameter_count().total >= ZERO3_INIT_PARAMETERS)):
+    if built_in_parts(config):
         from transformers.integrations import HfDeepSpeedConfig
         keepalive = HfDeepSpeedConfig(ds_config)
     context = BuildContext(dtype=torch.float32, device=world.device, seed=config.seed,
