@@ -63,10 +63,14 @@ class ModelConfig(Section):
         """
 
     def loss_bytes(self, tokens: int, *, element_bytes: int) -> int:
-        """Peak bytes of logits and their gradient for a micro-batch of `tokens`; an encoder has none."""
+        """Peak bytes of logits and their gradient for a micro-batch of `tokens`; an encoder has none.
+
+        In one chunk, both live at once; in several, each chunk's gradient is written over its logits.
+        """
         if self.kind == "encoder":
             return 0
-        return 2 * min(tokens * self.vocab_size * element_bytes, LOSS_CHUNK_BYTES)
+        whole = tokens * self.vocab_size * element_bytes
+        return 2 * whole if whole <= LOSS_CHUNK_BYTES else LOSS_CHUNK_BYTES
 
     @abstractmethod
     def tiny(self) -> ModelConfig:

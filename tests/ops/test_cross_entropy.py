@@ -114,12 +114,15 @@ def test_the_default_chunk_bounds_the_bytes_of_logits(monkeypatch):
 
 def test_recomputation_runs_under_the_autocast_of_the_forward_pass():
     hidden, head, labels = make(16, 8, 30, torch.float32)
-    grads = []
-    for chunk in (16, 4):
-        with torch.autocast("cpu", torch.bfloat16):
-            sums = chunked_cross_entropy(hidden, labels, head, chunk)
-        grads.append(gradients(sums, hidden, head, 0.0))
-    for a, b in zip(*grads, strict=True):
+    dtypes = []
+    head.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        sums = chunked_cross_entropy(hidden, labels, head, 4)
+    sums.nll_sum.backward()
+    assert dtypes == [torch.bfloat16] * 8
+    with torch.autocast("cpu", torch.bfloat16):
+        whole = chunked_cross_entropy(hidden, labels, head, 16)
+    for a, b in zip(gradients(whole, hidden, head, 0.0), (hidden.grad, head.weight.grad), strict=True):
         torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
 
 
