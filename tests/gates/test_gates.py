@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pretrain.gates.suite import run_gates
+from pretrain.gates import run_gates
 from pretrain.models.base import BuildContext, EncoderOutput, LMOutput
 from pretrain.models.baseline.family import FAMILY
 from pretrain.models.baseline.model import BaselineEncoder, BaselineForCausalLM, hf_config
