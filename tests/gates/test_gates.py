@@ -33,7 +33,8 @@ def failed(model):
 
 @pytest.mark.parametrize("body", ["llama", "gpt2", "bert"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_baselines_pass_every_gate(body, attention):
+def test_baselines_pass_every_gate(body, attention, monkeypatch):
+    monkeypatch.setattr("pretrain.models.baseline.model.QUERY_BLOCK", 20)
     cls = BaselineEncoder if body == "bert" else BaselineForCausalLM
     model = build(cls, body, num_kv_heads=2 if body == "llama" else None)
     model.set_attn_implementation(attention)

@@ -20,6 +20,12 @@ BODIES = ["llama", "gpt2", "bert"]
 LANGUAGE_MODELS = ["llama", "gpt2"]
 
 
+@pytest.fixture(autouse=True)
+def several_blocks(monkeypatch):
+    """Queries are cut into three blocks here, as they are in longer windows."""
+    monkeypatch.setattr("pretrain.models.baseline.model.QUERY_BLOCK", 16)
+
+
 def config(body, **changes):
     values = {"vocab_size": V, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "intermediate_size": 48,
               "max_position_embeddings": 64, "num_kv_heads": 2 if body == "llama" else None, "initializer_range": 0.1}
