@@ -6,6 +6,7 @@ fire what is due: evaluation, checkpoint, log. Every rank takes the same way thr
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -30,13 +31,16 @@ from pretrain.engine.state import RunState
 from pretrain.engine.stopping import EVAL, RELOAD, SAVE, STOP, StopRequests
 from pretrain.engine.update import Update, local_counts, run_full_update, run_sum_update
 from pretrain.engine.views import FamilyStepContext, TrainingView
-from pretrain.errors import ExitCode
+from pretrain.errors import ExitCode, PretrainError
 from pretrain.models.base import Hooks
 from pretrain.monitor.health import Health
 from pretrain.monitor.profiler import StepProfiler
 from pretrain.objectives.base import SumObjective
+from pretrain.runfolder.control import learning_rate
 
-_BITS = (SAVE, STOP, EVAL, RELOAD)
+_NO_DATA = 16
+"""Beside the bits of requests: the loader of a rank has failed."""
+_BITS = (SAVE, STOP, EVAL, RELOAD, _NO_DATA)
 _log = logging.getLogger("pretrain")
 
 
@@ -61,7 +65,10 @@ class Trainer:
     keeper: Keeper
     health: Health
     profiler: StepProfiler | None = None
-    last_metrics: dict[str, Metric] = field(default_factory=dict)
+    evaluated: dict[str, int] = field(default_factory=dict)
+    """Step of the last evaluation by evaluator."""
+    saved: RunState | None = None
+    """State of the last checkpoint written or loaded."""
     probe_inputs: dict[str, torch.Tensor] = field(default_factory=dict)
     """The stored micro-batch of checkpoints; taken from the first update of a fresh run."""
 
@@ -74,32 +81,38 @@ class Trainer:
     def _tokens_per_step(self) -> int:
         return self.batch.global_batch_size * self.config.data.seq_len
 
+    @property
+    def _complete(self) -> bool:
+        return self.state.step >= self.total_steps or self.state.stopped_early is not None
+
     def train(self) -> ExitCode:
         """Train to the end of the run or to a request to stop. Collective; the same code on every rank."""
-        if self.state.step < self.total_steps and not self.state.stopped_early:
-            for loaded in self._updates():
-                requests, totals = self._agree(loaded)
-                if requests and self._serve(requests):
-                    return ExitCode.STOPPED
-                self._one(loaded, totals)
-                if self.state.step >= self.total_steps or self.state.stopped_early:
-                    break
+        while self.state.step < self.total_steps and not self.state.stopped_early:
+            if self.step():
+                return ExitCode.STOPPED
         self._finish()
         return ExitCode.DONE
 
-    def _updates(self) -> Any:
-        """Updates of this rank from the cursor on, timed as data."""
-        iterator = iter(self.loader)
-        while True:
-            with self.reporter.clock.phase("data"):
-                loaded = next(iterator)
-                device = self.engine.world.device
-                loaded = LoadedUpdate(loaded.k, [micro.to(device) for micro in loaded.micro_batches])
-            yield loaded
+    def step(self) -> bool:
+        """Run the next update and whatever is due after it. True where a request to stop was served instead."""
+        with self.reporter.clock.phase("data"):
+            loaded = next(self.loader)
+            # Counted before the copy to the device: reading them there would wait for everything queued on it.
+            counts = local_counts(self.objective, loaded.micro_batches) if self._sums else []
+            device = self.engine.world.device
+            loaded = LoadedUpdate(loaded.k, [micro.to(device) for micro in loaded.micro_batches])
+        requests, totals = self._agree(counts)
+        if requests and self._serve(requests):
+            return True
+        self._one(loaded, totals)
+        return False
 
-    def _agree(self, loaded: LoadedUpdate) -> tuple[int, list[int]]:
-        """Requests of any rank as bits, and the global count of every term of a sum objective."""
-        counts = local_counts(self.objective, loaded.micro_batches) if isinstance(self.objective, SumObjective) else []
+    @property
+    def _sums(self) -> bool:
+        return isinstance(self.objective, SumObjective)
+
+    def _agree(self, counts: list[int]) -> tuple[int, list[int]]:
+        """Requests of any rank as bits, and the global counts of a sum objective's terms."""
         mine = self.stop.take()
         summed = self.engine.world.reduce_ints([*counts, *(int(bool(mine & bit)) for bit in _BITS)])
         requests = 0
@@ -107,23 +120,36 @@ class Trainer:
             requests |= bit if seen else 0
         return requests, summed[:len(counts)]
 
-    def _serve(self, requests: int) -> bool:
+    def _serve(self, requests: int, loaded: LoadedUpdate | PretrainError) -> bool:
         """Do what was asked for at this boundary. True where the run is to stop now."""
         if requests & RELOAD:
-            self.state.lr_override = self.engine.world.on_main(self._reloaded_lr)
-            _log.info("learning rate is now %g (control/reload_lr)", self.state.lr_override)
-        if requests & EVAL:
-            self._evaluate(self.evaluators)
-        if requests & SAVE:
-            self._save()
+            self._reload_lr()
+        improved = bool(requests & EVAL) and self._evaluate(self.evaluators)
+        keep = improved and bool(self.config.checkpoint.keep_best)
+        if (keep or requests & (SAVE | _NO_DATA)) and not self._save(best=keep):
+            _log.info("step %d: nothing new since the last checkpoint", self.state.step)
+        if requests & _NO_DATA:
+            self.engine.world.all_or_none(lambda: _raise(loaded))
         if requests & STOP:
             self.reporter.reason = self.engine.world.broadcast(self.stop.reason) or "requested on another rank"
             _log.info("stopped at step %d (%s)", self.state.step, self.reporter.reason)
         return bool(requests & STOP)
 
-    def _reloaded_lr(self) -> float:
+    def _reload_lr(self) -> None:
+        """Take the learning rate of the request, else of config.yaml. One that cannot be used is said and passed over."""
+        wanted = self.engine.world.on_main(self._requested_lr)
+        if isinstance(wanted, str):
+            _log.warning("control/reload_lr: %s; the learning rate stays", wanted)
+        else:
+            self.state.lr_override = wanted
+            _log.info("learning rate is now %g (control/reload_lr)", wanted)
+
+    def _requested_lr(self) -> float | str:
         value = self.stop.control_values.pop("reload_lr", "")
-        return float(value) if value else load_run_config(self.keeper.folder.config_file).config.optim.lr
+        try:
+            return learning_rate(value) if value else load_run_config(self.keeper.folder.config_file).config.optim.lr
+        except PretrainError as error:
+            return str(error)
 
     def _one(self, loaded: LoadedUpdate, totals: list[int]) -> None:
         before = self.progress
@@ -135,7 +161,7 @@ class Trainer:
         peak = self.config.optim.lr if self.state.lr_override is None else self.state.lr_override
         rate = peak * self.lr.factor(self.state.step)
         clock = self.reporter.clock
-        if isinstance(self.objective, SumObjective):
+        if self._sums:
             update = run_sum_update(self.engine, self.objective, loaded.micro_batches, totals, controls,
                                     step=self.state.step, lr=rate, clock=clock)
         else:
@@ -183,6 +209,7 @@ class Trainer:
         """Run evaluators on all ranks without touching training. True where the run's metric improved."""
         results: dict[str, Metric] = {}
         was_training = self.engine.model.training
+        self.evaluated |= {evaluator.name: self.state.step for evaluator in evaluators}
         with self.reporter.aside("eval"), rng.preserved(), torch.no_grad():
             self.engine.ds.eval()
             try:
@@ -191,7 +218,6 @@ class Trainer:
                     results.update(evaluator.evaluate(view).metrics)
             finally:
                 self.engine.ds.train(was_training)
-        self.last_metrics.update(results)
         self.reporter.evaluation(self.state, self.progress, results)
         return self._judge(results)
 
@@ -212,7 +238,10 @@ class Trainer:
             self.state.stopped_early = f"validation perplexity {reached}"
         return improved
 
-    def _save(self, *, best: bool = False) -> None:
+    def _save(self, *, best: bool = False) -> bool:
+        """Write a checkpoint. False where there is nothing new to keep."""
+        if not self.probe_inputs or (self.state == self.saved and not best):
+            return False
         if self.reporter.writer is not None:
             self.reporter.writer.sync()
         with self.reporter.aside("save"):
@@ -220,13 +249,19 @@ class Trainer:
                                            dict(self.hooks.state_dict()), self.data_fingerprint, self.probe_inputs,
                                            self.hooks.controls(self.state.step))
             self.keeper.save(self.engine, snapshot, best_metric=self.config.eval.metric if best else None)
+        self.saved = copy.deepcopy(self.state)
+        return True
 
     def _finish(self) -> None:
         """Final evaluation and checkpoint."""
         self.reporter.reason = self.state.stopped_early or "length reached"
         if self.profiler is not None:
             self.profiler.close()
-        if not self.probe_inputs:  # a finished run was started again: nothing to do
-            return
-        best = self._evaluate(self.evaluators) if self.evaluators else False
+        due = [e for e in self.evaluators if self.evaluated.get(e.name) != self.state.step]
+        best = self._evaluate(due) if due else False
         self._save(best=best and bool(self.config.checkpoint.keep_best))
+
+
+def _raise(loaded: LoadedUpdate | PretrainError) -> None:
+    if isinstance(loaded, PretrainError):
+        raise loaded

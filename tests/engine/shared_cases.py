@@ -52,9 +52,7 @@ def resume(world: World, folder: Path) -> dict[str, Any]:
             trainer = start(world, folder, f"parts-{key}", **sections)
             begin = trainer.state.step
             while trainer.state.step < stop:
-                loaded = next(trainer.loader)
-                _, totals = trainer._agree(loaded)
-                trainer._one(loaded, totals)
+                trainer.step()
             trainer._save()
             trail = trainer.hooks.state_dict()
             parts = finish(trainer)
@@ -68,20 +66,15 @@ def not_finite(world: World, folder: Path) -> dict[str, Any]:
     for stage in (0, 1, 2, 3):
         trainer = start(world, folder, f"stage{stage}", engine={"zero_stage": stage})
         weights: list[float] = []
-        for loaded in trainer.loader:
-            _, totals = trainer._agree(loaded)
-            if loaded.k in (3, 4) and world.rank == world.size - 1:
-                handle = _poison(trainer)
-            else:
-                handle = None
+        while (k := trainer.state.k) < 8:
+            bad = k in (3, 4)
+            handle = _poison(trainer) if bad and world.rank == world.size - 1 else None
             before = _checksum(trainer)
-            trainer._one(loaded, totals)
+            trainer.step()
             if handle is not None:
                 handle.remove()
-            if loaded.k in (3, 4):
+            if bad:
                 weights.append(_checksum(trainer) - before)
-            if trainer.state.k == 8:
-                break
         found[str(stage)] = {"step": trainer.state.step, "k": trainer.state.k, "moved": weights,
                              "skipped": trainer.health.bad_steps.skipped, "finite": math.isfinite(_checksum(trainer))}
         finish(trainer)
