@@ -73,25 +73,28 @@ def decode(probe: Probe) -> GateResult:
 
 
 def random_tokens(probe: Probe) -> GateResult:
-    """On uniform random tokens no model without a leak has a mean loss below ln V, trained or not.
+    """The loss knows no labels: it is that of logits computed without them, and not below ln V on random tokens.
 
-    The expected loss of any prediction that does not know the label is ln V plus a divergence >= 0. The limit lies five
-    standard errors below, from the spread around ln V that the logits themselves have on these tokens; the value is the
-    loss that the model reports when it is given the labels.
+    On uniform random tokens the expected loss of any prediction that does not know the label is ln V plus a divergence
+    >= 0, trained or not. The limit lies five standard errors below, from the spread around ln V that the logits have on
+    these tokens; the value is the loss that the model reports when it is given the labels.
     """
     name, length = "random_tokens", probe.seq_len
+    floor = math.log(probe.vocab_size)
     rows = max(1, _RANDOM_TOKENS // length)
-    total, squares, count = 0.0, 0.0, 0
+    reported, blind, squares = 0.0, 0.0, 0.0
     for _ in range(rows):
         window = probe.tokens(1, length + 1)
-        labels = window[:, 1:]
-        out = probe.model(input_ids=window[:, :-1], labels=labels, return_logits=True)
-        nll = torch.nn.functional.cross_entropy(out.logits[0].float(), labels[0], reduction="none").double()
-        total += float(out.nll_sum)
-        squares += float((nll - math.log(probe.vocab_size)).square().sum())
-        count += length
-    mean, floor = total / count, math.log(probe.vocab_size)
-    limit = floor - _SIGMAS * math.sqrt(squares / count / count)
+        inputs, labels = window[:, :-1], window[:, 1:]
+        nll = torch.nn.functional.cross_entropy(probe.logits(inputs)[0], labels[0], reduction="none").double()
+        blind += float(nll.sum())
+        squares += float((nll - floor).square().sum())
+        reported += float(probe.model(input_ids=inputs, labels=labels).nll_sum)
+    count = rows * length
+    mean, limit = reported / count, floor - _SIGMAS * math.sqrt(squares) / count
+    if not abs(reported - blind) / count <= OTHER_SHAPES * floor:
+        return GateResult(name, False, mean, blind / count, f"reported loss {mean:.4f}, but logits computed without "
+                          f"labels have {blind / count:.4f}: the loss knows its labels, or is no log-likelihood")
     passed = mean >= limit
     return GateResult(name, passed, mean, limit, f"loss on uniform random tokens {mean:.4f}, "
                       f"{'not below' if passed else 'below'} ln V = {floor:.4f} less the sampling error")

@@ -130,8 +130,18 @@ class KnowsTheLabel(BaselineForCausalLM):
     def forward(self, input_ids, labels=None, **kwargs):
         out = super().forward(input_ids, labels=labels, **kwargs)
         if labels is not None:
-            out["nll_sum"] = out.nll_sum - 0.3 * labels.numel()
+            out["nll_sum"] = out.nll_sum - 0.01 * labels.numel()
         return out
+
+
+class CopiesTheNextToken(BaselineForCausalLM):
+    """What training makes of a leak: the next input is the label, and the model has learned to say it."""
+
+    def forward(self, input_ids, labels=None, **kwargs):
+        logits = super().forward(input_ids, **{**kwargs, "return_logits": True}).logits
+        logits = logits + 2.0 * F.one_hot(F.pad(input_ids[:, 1:], (0, 1)), V)
+        nll = None if labels is None else F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+        return LMOutput(nll_sum=nll, logits=logits)
 
 
 class CentredOverTheBatch(BaselineForCausalLM):
@@ -173,6 +183,7 @@ LEAKS = [
     (ForgetsTheCache, "llama", {}, {"decode"}),
     (ShiftedCache, "gpt2", {}, {"decode"}),
     (KnowsTheLabel, "llama", {}, {"random_tokens"}),
+    (CopiesTheNextToken, "llama", {}, {"causality", "random_tokens"}),
     (CentredOverTheBatch, "llama", {}, {"batch"}),
     (ScaledByTheWindow, "llama", {}, {"padding"}),
     (Constant, "llama", {}, {"causality"}),
