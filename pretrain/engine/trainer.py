@@ -29,7 +29,7 @@ from pretrain.engine.reporting import Reporter
 from pretrain.engine.schedule import LearningRate
 from pretrain.engine.state import RunState
 from pretrain.engine.stopping import EVAL, RELOAD, SAVE, STOP, StopRequests
-from pretrain.engine.update import Update, local_counts, run_full_update, run_sum_update
+from pretrain.engine.update import Update, local_counts, run_full_update, run_sum_update, term_names
 from pretrain.engine.views import FamilyStepContext, TrainingView
 from pretrain.errors import ExitCode, PretrainError
 from pretrain.models.base import Hooks
@@ -87,7 +87,7 @@ class Trainer:
 
     def train(self) -> ExitCode:
         """Train to the end of the run or to a request to stop. Collective; the same code on every rank."""
-        while self.state.step < self.total_steps and not self.state.stopped_early:
+        while not self._complete:
             if self.step():
                 return ExitCode.STOPPED
         self._finish()
@@ -96,24 +96,32 @@ class Trainer:
     def step(self) -> bool:
         """Run the next update and whatever is due after it. True where a request to stop was served instead."""
         with self.reporter.clock.phase("data"):
-            loaded = next(self.loader)
-            # Counted before the copy to the device: reading them there would wait for everything queued on it.
-            counts = local_counts(self.objective, loaded.micro_batches) if self._sums else []
-            device = self.engine.world.device
-            loaded = LoadedUpdate(loaded.k, [micro.to(device) for micro in loaded.micro_batches])
-        requests, totals = self._agree(counts)
-        if requests and self._serve(requests):
+            loaded, counts = self._read()
+        requests, totals = self._agree(loaded, counts)
+        if requests and self._serve(requests, loaded):
             return True
+        assert isinstance(loaded, LoadedUpdate)
         self._one(loaded, totals)
         return False
+
+    def _read(self) -> tuple[LoadedUpdate | PretrainError, list[int]]:
+        """This rank's next update on its device, and its counts of a sum objective's terms; or what data ended with."""
+        try:
+            loaded = next(self.loader)
+        except PretrainError as error:
+            return error, [0] * (len(term_names(self.objective)) if self._sums else 0)
+        # Counted before the copy to the device: reading them there would wait for everything queued on it.
+        counts = local_counts(self.objective, loaded.micro_batches) if self._sums else []
+        device = self.engine.world.device
+        return LoadedUpdate(loaded.k, [micro.to(device) for micro in loaded.micro_batches]), counts
 
     @property
     def _sums(self) -> bool:
         return isinstance(self.objective, SumObjective)
 
-    def _agree(self, counts: list[int]) -> tuple[int, list[int]]:
+    def _agree(self, loaded: LoadedUpdate | PretrainError, counts: list[int]) -> tuple[int, list[int]]:
         """Requests of any rank as bits, and the global counts of a sum objective's terms."""
-        mine = self.stop.take()
+        mine = self.stop.take() | (_NO_DATA if isinstance(loaded, PretrainError) else 0)
         summed = self.engine.world.reduce_ints([*counts, *(int(bool(mine & bit)) for bit in _BITS)])
         requests = 0
         for bit, seen in zip(_BITS, summed[len(counts):], strict=True):
@@ -136,7 +144,7 @@ class Trainer:
         return bool(requests & STOP)
 
     def _reload_lr(self) -> None:
-        """Take the learning rate of the request, else of config.yaml. One that cannot be used is said and passed over."""
+        """Take the rate of the request, else of config.yaml. One that cannot be used is said and passed over."""
         wanted = self.engine.world.on_main(self._requested_lr)
         if isinstance(wanted, str):
             _log.warning("control/reload_lr: %s; the learning rate stays", wanted)
