@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from pretrain.config.interval import Interval
+from pretrain.config.model import Section
+from pretrain.config.source import MixtureConfig
 from pretrain.errors import ConfigError, ConfigErrors
 
 if TYPE_CHECKING:
@@ -47,6 +50,23 @@ def _data(config: RunConfig) -> Iterator[ConfigError]:
         yield ConfigError("batch.global_batch_size", f"{total} is no multiple of {share} (micro_batch_size {micro} x "
                           f"gradient_accumulation_steps {accumulation}) for any number of ranks; "
                           f"use {f'{below} or ' if below else ''}{above}, or leave one of the three out")
+
+
+    if isinstance(config.data.source, MixtureConfig):
+        for key, interval in _intervals(config, ""):
+            if interval.unit == "epochs":
+                yield ConfigError(key, f"{interval}: data.source.kind mixture has no epochs, its parts come round at "
+                                  "different times; give it in steps, samples or tokens")
+
+
+def _intervals(section: Section, prefix: str) -> Iterator[tuple[str, Interval]]:
+    """Every interval of a config by its dotted key."""
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        if isinstance(value, Interval):
+            yield prefix + name, value
+        elif isinstance(value, Section):
+            yield from _intervals(value, f"{prefix}{name}.")
 
 
 def _schedule(config: RunConfig) -> Iterator[ConfigError]:

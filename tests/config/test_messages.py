@@ -112,6 +112,13 @@ def test_contradictions_are_all_reported(base):
         "engine.offload.parameters", "engine.offload.optimizer", "engine.precision", "data.seq_len"]
 
 
+def test_mixtures_have_no_epochs(base):
+    mixture = "data.source={kind: mixture, parts: [{weight: 1, source: {path: a}}]}"
+    found = complaints(base, [mixture, "train.length=2 epochs", "eval.every=0.5 epochs"])
+    assert found[0].startswith("--set: train.length: 2 epochs: data.source.kind mixture has no epochs")
+    assert found[1].startswith("--set: eval.every: 0.5 epochs: ")
+
+
 @pytest.mark.parametrize(("sets", "message"), [
     ("optim.lr", '--set: "optim.lr" is no assignment; write --set key.subkey=value'),
     ("=3", '--set: "=3" is no assignment'),
