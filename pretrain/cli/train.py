@@ -29,22 +29,22 @@ def train(config: ConfigArgument = None, preset: PresetOption = None, *, sets: S
     """
     if nproc is not None:
         sets = [*sets, f"launch.nproc={nproc}"]
+    from pretrain.engine.launcher import launch, rank_environment, worker_command
+    from pretrain.engine.stopping import StopSignals
+    own = rank_environment(os.environ) if not dry_run else None
+    signals = StopSignals.installed() if own is not None else None
     loaded = load_config(config, preset, sets)
+    settings = loaded.config.launch
     if dry_run:
         from pretrain.cli.dry_run import dry_run as show
-        show(loaded, loaded.config.launch.nproc)
+        show(loaded, settings.nproc)
         return
-    from pretrain.engine.launcher import launch, worker_command
-    if not ("RANK" in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) > 1):
-        loaded.config.batch.resolve(loaded.config.launch.nproc)
+    if own is None or signals is None:
+        loaded.config.batch.resolve(settings.nproc)
         command = worker_command("pretrain.cli.main", *sys.argv[1:])
-        settings = loaded.config.launch
         raise typer.Exit(launch(command, settings.nproc, port=settings.port, threads=settings.threads))
-    from pretrain.engine.distributed import rank_environment
     from pretrain.engine.run import run_rank
-    own = rank_environment(os.environ)
-    assert own is not None
-    run_rank(loaded, own, evaluators, log_level=log_level.value, after=report)
+    run_rank(loaded, own, signals, evaluators, log_level=log_level.value, after=report)
 
 
 def evaluators(config: RunConfig) -> Sequence[Evaluator]:

@@ -7,35 +7,27 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import json
 import logging
 import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from pretrain.engine.launcher import LISTEN_FD
+from pretrain.engine.launcher import LISTEN_FD, RankEnvironment
 from pretrain.engine.traps import quiet, skip_op_probing
 from pretrain.errors import ExitCode, PretrainError, UserError
 
 T = TypeVar("T")
+_STORE_TIMEOUT = datetime.timedelta(seconds=10)
+_RECORD_WAIT = datetime.timedelta(seconds=2)
 _log = logging.getLogger("pretrain")
-
-
-@dataclass(frozen=True, slots=True)
-class RankEnvironment:
-    """Who this process is."""
-
-    rank: int
-    local_rank: int
-    world_size: int
-    master_addr: str
-    master_port: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +39,8 @@ class World:
     size: int
     device: torch.device
     control: Any
+    store: dist.Store
+    """Rank 0's; works without the others' help, so that a failing rank can still say why."""
 
     @property
     def is_main(self) -> bool:
@@ -87,7 +81,10 @@ class World:
         return box
 
     def on_main(self, action: Callable[[], T]) -> T:
-        """Run `action` on rank 0 and give its result to all; its error is raised on every rank. Collective."""
+        """Run `action` on rank 0 and give its result to all; its error is raised on every rank. Collective.
+
+        Where the error has no meaning for the user, the others get a PretrainError that names rank 0.
+        """
         value: T | None = None
         failure: Exception | None = None
         if self.is_main:
@@ -101,7 +98,7 @@ class World:
             return value  # type: ignore[return-value]
         told, value = self.broadcast((_told(failure, self.rank), value if failure is None else None))
         if told is not None:
-            raise _retold(told) from failure
+            raise _retold(told, failure)
         return value  # type: ignore[return-value]
 
     def all_or_none(self, action: Callable[[], T]) -> T:
@@ -118,12 +115,44 @@ class World:
             return value  # type: ignore[return-value]
         for told in self.gather_objects(_told(failure, self.rank)):
             if told is not None:
-                raise _retold(told) from failure
+                raise _retold(told, failure)
         return value  # type: ignore[return-value]
 
 
-Told = tuple[int | None, str]
-"""An error on its way between ranks: exit code (None for one without a meaning) and its line."""
+    def first_failure(self, line: str, code: ExitCode) -> Failure | None:
+        """Tell the others why this rank fails. Returns what the first of them told; None where rank 0 has gone.
+
+        Not collective, and the answer is the same on all ranks, so that they leave with one code and one line.
+        """
+        mine = Failure(self.rank, code, line)
+        try:
+            self.store.set_timeout(_STORE_TIMEOUT)
+            told = self.store.compare_set("failure", "", json.dumps([mine.rank, int(mine.code), mine.line]))
+        except (dist.DistError, RuntimeError):
+            return None
+        rank, number, line = json.loads(told)
+        return Failure(rank, ExitCode(number), line)
+
+    def recorded(self) -> None:
+        """Rank 0 has written the verdict down; the others wait a moment for that, as srun may kill it once one ends."""
+        with contextlib.suppress(dist.DistError, RuntimeError):
+            if self.is_main:
+                self.store.set("recorded", "")
+            else:
+                self.store.wait(["recorded"], _RECORD_WAIT)
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a run fails: the first rank that did, the code of the run, and the line for the user."""
+
+    rank: int
+    code: ExitCode
+    line: str
+
+
+Told = tuple[int, str]
+"""An error on its way between ranks: exit code and line."""
 
 
 def _told(error: Exception | None, rank: int) -> Told | None:
@@ -131,44 +160,21 @@ def _told(error: Exception | None, rank: int) -> Told | None:
         return None
     if isinstance(error, PretrainError):
         return int(error.code), str(error)
-    _log.error("rank %d failed", rank, exc_info=error)
-    return None, f"rank {rank} failed: {type(error).__name__}: {error}"
+    return int(ExitCode.INTERNAL), f"rank {rank} failed: {type(error).__name__}: {error}"
 
 
-def _retold(told: Told) -> Exception:
-    """The same error on another rank; `agreed` says that every rank has it, so that one tells the user."""
+def _retold(told: Told, own: Exception | None) -> Exception:
+    """The error as this rank raises it; `agreed` says that every rank has it, so that one tells the user.
+
+    A rank whose `own` error has no meaning for the user keeps it, for its traceback.
+    """
+    if own is not None and not isinstance(own, PretrainError):
+        return own
     code, line = told
-    if code is None:
-        return RuntimeError(line)
     kind = next((k for k in PretrainError.__subclasses__() if int(k.code) == code), PretrainError)
     error = kind(line)
     error.agreed = True
     return error
-
-
-def rank_environment(environment: Mapping[str, str]) -> RankEnvironment | None:
-    """Read who we are from RANK/WORLD_SIZE (our launcher, torchrun, deepspeed) or SLURM_*; None if not launched.
-
-    Raises UserError naming the variable where the environment is half set.
-    """
-    if "RANK" in environment and "WORLD_SIZE" in environment:
-        names = {"rank": "RANK", "local_rank": "LOCAL_RANK", "world": "WORLD_SIZE", "port": "MASTER_PORT"}
-        address = environment.get("MASTER_ADDR")
-    elif int(environment.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in environment:
-        names = {"rank": "SLURM_PROCID", "local_rank": "SLURM_LOCALID", "world": "SLURM_NTASKS", "port": "MASTER_PORT"}
-        address = environment.get("MASTER_ADDR")
-    else:
-        return None
-    values = {}
-    for key, name in names.items():
-        text = environment.get(name)
-        if text is None or not text.isdigit():
-            raise UserError(f"environment: {name} is {text!r}; a launched rank needs {', '.join(names.values())} "
-                            "and MASTER_ADDR")
-        values[key] = int(text)
-    if not address:
-        raise UserError("environment: MASTER_ADDR is not set; it is the host of rank 0")
-    return RankEnvironment(values["rank"], values["local_rank"], values["world"], address, values["port"])
 
 
 def join(own: RankEnvironment, *, timeout_s: float, force_cpu: bool = False) -> World:
@@ -190,7 +196,7 @@ def join(own: RankEnvironment, *, timeout_s: float, force_cpu: bool = False) -> 
                             world_size=own.world_size, timeout=timeout)
     control = dist.new_group(backend="gloo", timeout=timeout) if cuda else dist.group.WORLD
     _start_deepspeed(timeout)
-    return World(own.rank, own.local_rank, own.world_size, device, control)
+    return World(own.rank, own.local_rank, own.world_size, device, control, store)
 
 
 def _meet(own: RankEnvironment, timeout_s: float) -> dist.Store:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -16,52 +17,67 @@ from rich.console import Console
 
 from pretrain.config.load import LoadedConfig
 from pretrain.config.run import RunConfig
-from pretrain.engine.distributed import RankEnvironment, World, join, shutdown
+from pretrain.engine.distributed import Failure, World, join, shutdown
 from pretrain.engine.evaluator import Evaluator
+from pretrain.engine.launcher import RankEnvironment
 from pretrain.engine.setup import Claim, claim_run, prepare
+from pretrain.engine.stopping import StopSignals
 from pretrain.errors import ExitCode, PretrainError
 from pretrain.monitor.logs import setup_logging
 from pretrain.runfolder.status import Status
 
 EvaluatorFactory = Callable[[RunConfig], Sequence[Evaluator]]
 AfterRun = Callable[[LoadedConfig], None]
+_LOST_PEER = re.compile(r"connection (was )?(closed|reset)|broken pipe|remote process exited", re.IGNORECASE)
+"""What gloo and NCCL say where another rank has died."""
 _log = logging.getLogger("pretrain")
 
 
-def run_rank(loaded: LoadedConfig, own: RankEnvironment, make_evaluators: EvaluatorFactory, *, log_level: str = "info",
-             after: AfterRun | None = None) -> NoReturn:
+def run_rank(loaded: LoadedConfig, own: RankEnvironment, signals: StopSignals, make_evaluators: EvaluatorFactory, *,
+             log_level: str = "info", after: AfterRun | None = None) -> NoReturn:
     """Train as one rank and leave the process. `after` runs on rank 0 once a run is done (reports, say)."""
     world: World | None = None
     claim: Claim | None = None
-    code, message, together = ExitCode.INTERNAL, "", False
+    failure: Failure | None = None
+    code = ExitCode.INTERNAL
+
+    def leave_early() -> None:
+        line = f"stopped before the first step ({signals.reason}); the same command starts again"
+        if own.rank == 0:
+            print(line, file=sys.stderr)
+        _record(claim, ExitCode.STOPPED, signals.reason, "")
+        shutdown(ExitCode.STOPPED)
+
+    signals.leave = leave_early
     try:
         setup_logging(log_level, None, own.rank)
         _threads(loaded.config)
         world = join(own, timeout_s=loaded.config.launch.timeout)
         claim = claim_run(loaded, world)
         console = setup_logging(log_level, claim.folder.log_file, world.rank)
-        code = _train(loaded, world, claim, make_evaluators, console)
-        together = True
+        code = _train(loaded, world, claim, signals, make_evaluators, console)
         if code is ExitCode.DONE and after is not None and world.is_main:
-            after(loaded)
-    except PretrainError as error:
-        code, message = error.code, str(error)
-        if own.rank == 0 or not error.agreed:
-            print(f"error: {error}", file=sys.stderr)
+            _afterwards(after, loaded)
     except Exception as error:
-        code, message = ExitCode.INTERNAL, f"{type(error).__name__}: {error}"
-        print(f"rank {own.rank}: {traceback.format_exc()}", file=sys.stderr)
-    _record(claim, code, message)
-    shutdown(code, world if together else None)
+        failure = _failed(error, own.rank, world)
+        code = failure.code
+    if failure is None:
+        _record(claim, code, "", "")
+    else:
+        _record(claim, code, f"error on rank {failure.rank}", failure.line)
+        if world is not None:
+            world.recorded()
+    shutdown(code, world if failure is None else None)
     raise AssertionError("unreachable")
 
 
-def _train(loaded: LoadedConfig, world: World, claim: Claim, make_evaluators: EvaluatorFactory,
+def _train(loaded: LoadedConfig, world: World, claim: Claim, signals: StopSignals, make_evaluators: EvaluatorFactory,
            console: Console) -> ExitCode:
     beating = claim.lease.beating() if claim.lease is not None else contextlib.nullcontext()
     with beating:
-        trainer = prepare(loaded, world, claim, make_evaluators(loaded.config), console)
-        trainer.stop.install()
+        evaluators = world.all_or_none(lambda: make_evaluators(loaded.config))
+        trainer = prepare(loaded, world, claim, evaluators, console, signals)
+        signals.hold()
         try:
             code = trainer.train()
         finally:
@@ -70,20 +86,54 @@ def _train(loaded: LoadedConfig, world: World, claim: Claim, make_evaluators: Ev
                 trainer.reporter.progress.close()
             if trainer.reporter.writer is not None:
                 trainer.reporter.writer.close()
-            claim.status = trainer.reporter.status
-        if claim.status is not None:
-            claim.status = replace(claim.status, step=trainer.state.step, k=trainer.state.k,
-                                   total_steps=trainer.total_steps, reason=trainer.reporter.reason)
+            if trainer.reporter.status is not None:
+                claim.status = replace(trainer.reporter.status, step=trainer.state.step, k=trainer.state.k,
+                                       total_steps=trainer.total_steps, reason=trainer.reporter.reason)
     return code
 
 
-def _record(claim: Claim | None, code: ExitCode, message: str) -> None:
+def _failed(error: Exception, rank: int, world: World | None) -> Failure:
+    """Why the run fails, as far as this rank can tell. Tells the user, unless another rank does.
+
+    The first rank to fail tells the others, who then fail of its absence: they leave with its code and without a
+    traceback of their own.
+    """
+    known = isinstance(error, PretrainError)
+    mine = Failure(rank, error.code if isinstance(error, PretrainError) else ExitCode.INTERNAL,
+                   str(error) if known else f"{type(error).__name__}: {error}")
+    _log.error("%s", mine.line, exc_info=None if known else error, extra={"console": False})
+    if isinstance(error, PretrainError) and error.agreed:
+        if rank == 0:
+            print(f"error: {mine.line}", file=sys.stderr)
+        return mine
+    first = world.first_failure(mine.line, mine.code) if world is not None else mine
+    if known:
+        if first is None or first.rank == rank or first.line != mine.line:
+            print(f"error: {mine.line}", file=sys.stderr)
+    elif first is None or first.rank != rank:
+        print(f"rank {rank} ends: rank {first.rank if first else 0} has failed", file=sys.stderr)
+    elif _LOST_PEER.search(mine.line):
+        print(f"error: rank {rank} lost its connection to another rank", file=sys.stderr)
+    else:
+        print(f"rank {rank}: {''.join(traceback.format_exception(error))}", file=sys.stderr)
+    return first or mine
+
+
+def _afterwards(after: AfterRun, loaded: LoadedConfig) -> None:
+    """What follows a run that is done cannot undo it."""
+    try:
+        after(loaded)
+    except Exception as error:
+        _log.warning("the run is done, but what follows failed: %s: %s", type(error).__name__, error)
+
+
+def _record(claim: Claim | None, code: ExitCode, reason: str, message: str) -> None:
     """Write the verdict and give the lease back, as far as the disk allows."""
     if claim is None or claim.lease is None:
         return
     status: Status = claim.status or Status(fence=claim.lease.fence)
     with contextlib.suppress(OSError, PretrainError):
-        status.ended(code, status.reason or message.split(":")[0][:80], message).write(claim.folder)
+        status.ended(code, reason or status.reason, message).write(claim.folder)
     with contextlib.suppress(OSError, PretrainError):
         claim.lease.release()
 

@@ -6,14 +6,15 @@ import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from pretrain.config.load import LoadedConfig, dump_yaml
+from pretrain.config.interval import Interval
+from pretrain.config.load import LoadedConfig, diff_configs, dump_yaml, load_run_config
 from pretrain.config.machine import device_facts
 from pretrain.config.precision import DeviceFacts, advise_precision
 from pretrain.config.registry import FAMILIES, OBJECTIVES, resolve
@@ -22,6 +23,7 @@ from pretrain.data.loader import UpdateLoader
 from pretrain.data.open import TrainingData, open_training
 from pretrain.engine import checkpoint, readback, rng
 from pretrain.engine.build import Engine, build_engine, build_model
+from pretrain.engine.checkpoint import Snapshot
 from pretrain.engine.consolidate import load_initial_weights
 from pretrain.engine.distributed import World
 from pretrain.engine.evaluator import Evaluator
@@ -29,10 +31,10 @@ from pretrain.engine.keeping import Keeper
 from pretrain.engine.reporting import Reporter
 from pretrain.engine.schedule import LearningRate
 from pretrain.engine.state import RunState
-from pretrain.engine.stopping import StopRequests
+from pretrain.engine.stopping import StopRequests, StopSignals
 from pretrain.engine.trainer import Trainer
 from pretrain.engine.views import FamilyStartContext
-from pretrain.errors import CheckFailed, ConfigError, UserError
+from pretrain.errors import CheckFailed, ConfigError, DataCorruption, PretrainError, UserError
 from pretrain.models.base import Family, Hooks
 from pretrain.monitor.clock import TimeShares
 from pretrain.monitor.environment import describe_environment
@@ -44,7 +46,7 @@ from pretrain.monitor.writers import MetricsWriter, WandbOptions
 from pretrain.runfolder.holder import SlurmJob
 from pretrain.runfolder.layout import CheckpointRef, RunFolder
 from pretrain.runfolder.lease import Lease
-from pretrain.runfolder.publish import hash_file, write_json_atomic, write_text_atomic
+from pretrain.runfolder.publish import MANIFEST, hash_file, require_space, write_json_atomic, write_text_atomic
 from pretrain.runfolder.status import Status
 
 _log = logging.getLogger("pretrain")
@@ -58,39 +60,71 @@ class Claim:
     lease: Lease | None
     """Rank 0's."""
     resume: CheckpointRef | None
+    changes: list[str]
+    """`key is OLD in the run, NEW here` for each value in which the config differs from that of the last start."""
     status: Status | None
     """Rank 0's."""
 
 
 def claim_run(loaded: LoadedConfig, world: World) -> Claim:
-    """Take the lease, write config and environment, and choose the checkpoint to go on from. Collective.
+    """Take the lease and choose the checkpoint to go on from. Collective.
 
-    Raises UserError where another process holds the run, or the folder cannot be written to.
+    What an earlier start left stays as it is until `take_over`. Raises UserError where another process holds the run,
+    or the folder cannot be written to.
     """
     root = Path(loaded.config.runs_dir) / loaded.config.name
     lease: Lease | None = None
     status: Status | None = None
 
-    def claim() -> CheckpointRef | None:
+    def claim() -> tuple[CheckpointRef | None, list[str]]:
         nonlocal lease, status
         folder = RunFolder.create(root)
         before = Status.read(folder)
         lease = Lease.acquire(folder, slurm=SlurmJob.from_environment(os.environ))
         folder.clean_temporaries(lease.fence)
-        found = folder.checkpoints() if loaded.config.train.resume == "auto" else []
-        resume = found[0] if found else None
-        if resume is None:
-            lease.set_fresh()
-        else:
-            lease.set_resumed_from(resume.step, resume.fence, hash_file(resume.path / "manifest.json"))
-        write_text_atomic(folder.config_file, dump_yaml(loaded))
-        write_json_atomic(folder.environment_file, describe_environment())
+        found = folder.checkpoints()
+        resume = found[0] if found and loaded.config.train.resume == "auto" else None
+        if not found:
+            _describe(folder, loaded)
         status = Status(fence=lease.fence, started=time.time(), restarts=lease.fence - 1,
                         step=resume.step if resume else 0, k=before.k if before and resume else 0).write(folder)
-        return resume
+        return resume, _changes(folder, loaded) if resume else []
 
-    resume = world.on_main(claim)
-    return Claim(RunFolder(root), lease, resume, status)
+    resume, changes = world.on_main(claim)
+    return Claim(RunFolder(root), lease, resume, changes, status)
+
+
+def take_over(loaded: LoadedConfig, claim: Claim, engine: Engine, total_steps: int) -> None:
+    """From here on this start is what the run is: nothing stands against training any more. Rank 0 only.
+
+    A start that is refused before this point hides no earlier work and overwrites no config. Raises UserError where the
+    disk has no room for a checkpoint.
+    """
+    assert claim.lease is not None and claim.status is not None
+    require_space(claim.folder.checkpoints_dir, checkpoint.expected_bytes(engine))
+    if claim.resume is None:
+        claim.lease.set_fresh()
+    else:
+        claim.lease.set_resumed_from(claim.resume.step, claim.resume.fence, hash_file(claim.resume.path / MANIFEST))
+    _describe(claim.folder, loaded)
+    write_json_atomic(claim.folder.root / "deepspeed.json", engine.config)
+    for line in readback.differences(engine):
+        _log.warning("DeepSpeed differs: %s", line)
+    claim.status = replace(claim.status, total_steps=total_steps).write(claim.folder)
+
+
+def _describe(folder: RunFolder, loaded: LoadedConfig) -> None:
+    write_text_atomic(folder.config_file, dump_yaml(loaded))
+    write_json_atomic(folder.environment_file, describe_environment())
+
+
+def _changes(folder: RunFolder, loaded: LoadedConfig) -> list[str]:
+    try:
+        before = load_run_config(folder.config_file)
+    except PretrainError as error:
+        _log.warning("%s; what has changed since the last start cannot be told", error)
+        return []
+    return [f"{key} is {old} in the run, {new} here" for key, old, new in diff_configs(before, loaded)]
 
 
 def choose(config: RunConfig, world: World) -> tuple[Family, ResolvedBatch, Precision]:
@@ -116,14 +150,15 @@ def choose_precision(config: RunConfig, world: World) -> Precision:
     return precision
 
 
-def prepare(loaded: LoadedConfig, world: World, claim: Claim, evaluators: Sequence[Evaluator],
-            console: Console) -> Trainer:
+def prepare(loaded: LoadedConfig, world: World, claim: Claim, evaluators: Sequence[Evaluator], console: Console,
+            signals: StopSignals | None = None) -> Trainer:
     """Everything between the claim on the run folder and the first step. Collective."""
     config = loaded.config
     family, batch, precision = world.all_or_none(lambda: choose(config, world))
     if "fp32" in world.gather_objects(precision):  # ranks on unequal hardware
         precision = "fp32"
     data = open_data(config, batch, world)
+    lengths = world.all_or_none(lambda: Lengths.of(config, batch, data.epoch_samples))
     rng.seed_all(config.seed, world.rank)
     model, ds_config, keepalive = build_model(config, family, batch, precision, world)
     if config.train.gates_at_start and claim.resume is None:
@@ -134,15 +169,18 @@ def prepare(loaded: LoadedConfig, world: World, claim: Claim, evaluators: Sequen
             load_initial_weights(model, Path(config.train.init_from), partitioned=keepalive is not None)
         hooks.before_engine(FamilyStartContext(model, world, keepalive is not None, data.samples))
     engine = build_engine(config, family, batch, precision, world, model, ds_config, keepalive)
+    snapshot = _load(engine, claim.resume, claim.changes, config, data) if claim.resume is not None else None
+    world.on_main(lambda: take_over(loaded, claim, engine, lengths.total))
+    trainer = _assemble(config, batch, world, claim, engine, family, data, hooks, evaluators, console, lengths, signals,
+                        start_k=int(snapshot.state["k"]) if snapshot is not None else 0)
     if world.is_main:
-        write_json_atomic(claim.folder.root / "deepspeed.json", ds_config)
-        for line in readback.differences(engine):
-            _log.warning("DeepSpeed differs: %s", line)
-    trainer = _assemble(config, batch, world, claim, engine, family, data, hooks, evaluators, console)
-    if claim.resume is not None:
-        _resume(trainer, claim.resume, data)
-        trainer.loader.close()
-        trainer.loader = open_loader(config, batch, world, data, trainer.state.k)
+        _log.info("%s: %s with %s parameters, %d ranks, ZeRO stage %d, %s; batch of %d samples = %d x %d x %d ranks; "
+                  "%d steps, %s tokens", claim.folder.root, family.name, f"{config.model.parameter_count().total:,}",
+                  world.size, engine.stage, precision, batch.global_batch_size, batch.micro_batch_size,
+                  batch.gradient_accumulation_steps, batch.data_parallel_size, lengths.total,
+                  f"{lengths.total * batch.global_batch_size * config.data.seq_len:,}")
+    if snapshot is not None:
+        _resume(trainer, snapshot, claim)
     return trainer
 
 
@@ -173,31 +211,38 @@ def open_loader(config: RunConfig, batch: ResolvedBatch, world: World, data: Tra
                         prefetch=config.data.prefetch, pin_memory=world.device.type == "cuda")
 
 
-def total_steps(config: RunConfig, batch: ResolvedBatch, epoch_samples: int | None) -> int:
-    """Optimizer updates of the whole run. Raises ConfigError for epochs of a source that has none."""
-    return to_steps(config, batch, epoch_samples, "train.length")
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """Intervals of a run in optimizer updates."""
 
+    total: int
+    warmup: int
+    decay: int
+    keep_every: int | None
 
-def to_steps(config: RunConfig, batch: ResolvedBatch, epoch_samples: int | None, key: str) -> int:
-    """The interval at dotted `key` as whole updates; 0 where it is null."""
-    section, _, name = key.partition(".")
-    interval = getattr(getattr(config, section), name)
-    if interval is None:
-        return 0
-    try:
-        return int(interval.to_steps(micro_steps_per_step=batch.gradient_accumulation_steps,
-                                     samples_per_step=batch.global_batch_size, epoch_samples=epoch_samples,
-                                     tokens_per_step=batch.global_batch_size * config.data.seq_len))
-    except ValueError as error:
-        raise ConfigError(key, str(error)) from None
+    @classmethod
+    def of(cls, config: RunConfig, batch: ResolvedBatch, epoch_samples: int | None) -> Lengths:
+        """Raises ConfigError for epochs of a source that has none."""
+
+        def steps(key: str, interval: Interval | None) -> int:
+            try:
+                return 0 if interval is None else int(interval.to_steps(
+                    micro_steps_per_step=batch.gradient_accumulation_steps, samples_per_step=batch.global_batch_size,
+                    tokens_per_step=batch.global_batch_size * config.data.seq_len, epoch_samples=epoch_samples))
+            except ValueError as error:
+                raise ConfigError(key, str(error)) from None
+
+        total = steps("train.length", config.train.length)
+        return cls(total, steps("schedule.warmup", config.schedule.warmup),
+                   steps("schedule.decay", config.schedule.decay) or max(1, total // 10),
+                   steps("checkpoint.keep_every", config.checkpoint.keep_every) or None)
 
 
 def _assemble(config: RunConfig, batch: ResolvedBatch, world: World, claim: Claim, engine: Engine, family: Family,
-              data: TrainingData, hooks: Hooks, evaluators: Sequence[Evaluator], console: Console) -> Trainer:
-    steps = total_steps(config, batch, data.epoch_samples)
-    lr = LearningRate(config.schedule, warmup_steps=to_steps(config, batch, data.epoch_samples, "schedule.warmup"),
-                      decay_steps=to_steps(config, batch, data.epoch_samples, "schedule.decay") or max(1, steps // 10),
-                      total_steps=steps)
+              data: TrainingData, hooks: Hooks, evaluators: Sequence[Evaluator], console: Console, lengths: Lengths,
+              signals: StopSignals | None, *, start_k: int) -> Trainer:
+    steps = lengths.total
+    lr = LearningRate(config.schedule, warmup_steps=lengths.warmup, decay_steps=lengths.decay, total_steps=steps)
     peak = config.monitor.peak_flops
     if peak is None and world.device.type == "cuda":
         tf32 = engine.precision == "fp32" and torch.backends.cuda.matmul.allow_tf32
@@ -218,36 +263,59 @@ def _assemble(config: RunConfig, batch: ResolvedBatch, world: World, claim: Clai
     reporter = Reporter(world, claim.folder, TimeShares(),
                         Throughput(total_steps=steps, flops_per_token=config.model.flops_per_token(config.data.seq_len),
                                    peak_flops=peak, devices=world.size), writer, progress, claim.status, diagnose)
-    stop = StopRequests(claim.folder, is_main=world.is_main, max_hours=config.train.max_hours, started=time.monotonic())
+    stop = StopRequests(claim.folder, signals, is_main=world.is_main, max_hours=config.train.max_hours,
+                        started=time.monotonic())
     profile = config.monitor.profile_steps
     objective = resolve(OBJECTIVES, config.objective.name, "objective.name")(config.objective)
     return Trainer(
         config=config, batch=batch, engine=engine, objective=objective, hooks=hooks,
-        loader=open_loader(config, batch, world, data, 0), evaluators=evaluators,
+        loader=open_loader(config, batch, world, data, start_k), evaluators=evaluators,
         lr=lr, state=RunState(), total_steps=steps, epoch_samples=data.epoch_samples, data_fingerprint=data.fingerprint,
         stop=stop, reporter=reporter,
-        keeper=Keeper(claim.folder, claim.lease, config.checkpoint,
-                      to_steps(config, batch, data.epoch_samples, "checkpoint.keep_every") or None),
+        keeper=Keeper(claim.folder, claim.lease, config.checkpoint, lengths.keep_every),
         health=Health(config.train.max_bad_steps),
         profiler=StepProfiler(claim.folder.profile_dir, *profile, world.rank) if profile else None)
 
 
-def _resume(trainer: Trainer, ref: CheckpointRef, data: TrainingData) -> None:
-    """Put a trainer back to where `ref` was written. Collective."""
-    world = trainer.engine.world
-    world.on_main(lambda: checkpoint.verify(ref))
-    snapshot = checkpoint.load(trainer.engine, ref)
+def _load(engine: Engine, ref: CheckpointRef, changes: Sequence[str], config: RunConfig,
+          data: TrainingData) -> Snapshot:
+    """Put weights and moments back to where `ref` was written. Collective.
+
+    Raises UserError naming the keys where `ref` is of another model or other data.
+    """
+    engine.world.on_main(lambda: checkpoint.verify(ref))
+    model_changes = [line for line in changes if line.startswith("model.")]
+    cure = "set it back, give the run another name, or start it with train.init_from"
+    try:
+        snapshot = checkpoint.load(engine, ref, config.seed)
+    except (UserError, DataCorruption) as error:
+        if not model_changes:
+            raise
+        raise UserError(f"{ref.path}: is of another model ({'; '.join(model_changes)}); {cure}") from error
     if snapshot.data_fingerprint != data.fingerprint:
-        raise UserError(f"{ref.path}: was trained on other data, order or batch size (fingerprint "
-                        f"{snapshot.data_fingerprint[:12]}, now {data.fingerprint[:12]}); give the run another "
-                        "name, or start it with train.init_from")
+        keys = ("data.", "seed ", "batch.global_batch_size ", "batch.micro_batch_size ")
+        told = [line for line in changes if line.startswith(keys)] or [
+            f"fingerprint {snapshot.data_fingerprint[:12]} in the run, {data.fingerprint[:12]} here"]
+        raise UserError(f"{ref.path}: was trained on other data, order or batch size ({'; '.join(told)}); {cure}")
+    for line in model_changes:
+        if engine.world.is_main:
+            _log.warning("%s", line)
+    return snapshot
+
+
+def _resume(trainer: Trainer, snapshot: Snapshot, claim: Claim) -> None:
+    """Everything beside weights, moments and the loader, which are there already."""
     trainer.state = RunState.from_json(snapshot.state)
+    trainer.saved = RunState.from_json(snapshot.state)
     trainer.lr.load_state_dict(snapshot.schedule)
     trainer.health.load_state_dict(snapshot.health)
     trainer.hooks.load_state_dict(snapshot.hooks)
     trainer.probe_inputs = snapshot.probe_inputs
-    if world.is_main:
-        _log.info("resumed from %s: step %d, batch %d", ref.path, trainer.state.step, trainer.state.k)
+    if trainer.engine.world.is_main:
+        assert claim.resume is not None
+        _log.info("resumed from %s: step %d, batch %d", claim.resume.path, trainer.state.step, trainer.state.k)
+        if trainer.state.lr_override is not None:
+            _log.info("the learning rate is %g, as control/reload_lr set it, not optim.lr", trainer.state.lr_override)
 
 
 def _gates(config: RunConfig, model: PreTrainedModel, world: World) -> None:

@@ -1,4 +1,7 @@
-"""Requests to stop: signals, the wall clock and control files set flags; ranks agree on them at a step boundary."""
+"""Requests to stop: signals, the wall clock and control files set flags; ranks agree on them at a step boundary.
+
+Imports no torch: a rank installs its signal handlers before it imports anything that takes seconds.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from types import FrameType
 
 from pretrain.errors import ExitCode
@@ -14,31 +18,39 @@ from pretrain.runfolder.layout import RunFolder
 
 SAVE, STOP, EVAL, RELOAD = 1, 2, 4, 8
 """Bits of a request; ranks agree on their union."""
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _CONTROL_BITS = {"save": SAVE, "stop": SAVE | STOP, "save_and_stop": SAVE | STOP, "eval": EVAL, "reload_lr": RELOAD}
 _POLL_SECONDS = 1.0
 
 
-class StopRequests:
-    """Collects requests of this rank between step boundaries.
+class StopSignals:
+    """SIGTERM, SIGUSR1 and SIGINT of this process.
 
-    SIGTERM, SIGUSR1 and the first SIGINT ask for a checkpoint and an end with exit code 85; a second SIGINT ends the
-    process at once with 130. Handlers only set flags. The wall clock and the control folder are read by rank 0.
+    Before training there is nothing to save, and the first of them ends the process through `leave`. From `hold()` on
+    it is kept in `reason` until the next step boundary, where ranks save and end with exit code 85. A second SIGINT
+    always ends the process at once with 130.
     """
 
-    def __init__(self, folder: RunFolder, *, is_main: bool, max_hours: float | None, started: float) -> None:
-        self._folder = folder
-        self._is_main = is_main
-        self._deadline = started + max_hours * 3600 if max_hours else None
-        self._bits = 0
-        self._interrupts = 0
-        self._last_poll = 0.0
+    def __init__(self) -> None:
         self.reason = ""
-        self.control_values: dict[str, str] = {}
+        """Name of the first signal; empty where none came."""
+        self.leave: Callable[[], None] = lambda: os._exit(int(ExitCode.STOPPED))
+        """What ends this process before training."""
+        self._interrupts = 0
+        self._holding = False
 
-    def install(self) -> None:
-        """Install the signal handlers."""
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, self._on_signal)
+    @classmethod
+    def installed(cls) -> StopSignals:
+        """Handlers that answer from now on; our launcher starts ranks with these signals blocked until then."""
+        signals = cls()
+        for number in STOP_SIGNALS:
+            signal.signal(number, signals._on_signal)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        return signals
+
+    def hold(self) -> None:
+        """Training begins: keep the next signal for a step boundary."""
+        self._holding = True
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGINT:
@@ -46,21 +58,39 @@ class StopRequests:
             if self._interrupts > 1:
                 os.write(sys.stderr.fileno(), b"interrupted twice: leaving without a checkpoint\n")
                 os._exit(int(ExitCode.INTERRUPTED))
-        self._bits |= SAVE | STOP
         self.reason = self.reason or signal.Signals(number).name
+        if not self._holding:
+            self.leave()
+
+
+class StopRequests:
+    """Collects requests of this rank between step boundaries. The wall clock and the control folder are rank 0's."""
+
+    def __init__(self, folder: RunFolder, signals: StopSignals | None, *, is_main: bool, max_hours: float | None,
+                 started: float) -> None:
+        self._folder = folder
+        self._signals = signals
+        self._is_main = is_main
+        self._deadline = started + max_hours * 3600 if max_hours else None
+        self._last_poll = 0.0
+        self.reason = ""
+        self.control_values: dict[str, str] = {}
 
     def take(self, now: float | None = None) -> int:
         """Requests since the last call, as bits."""
         now = time.monotonic() if now is None else now
+        bits = 0
+        if self._signals is not None and self._signals.reason:
+            bits |= SAVE | STOP
+            self.reason = self.reason or self._signals.reason
         if self._is_main and now - self._last_poll >= _POLL_SECONDS:
             self._last_poll = now
             for name, value in poll(self._folder).items():
-                self._bits |= _CONTROL_BITS[name]
+                bits |= _CONTROL_BITS[name]
                 self.control_values[name] = value
-                self.reason = self.reason or f"control/{name}"
+                if _CONTROL_BITS[name] & STOP:
+                    self.reason = self.reason or f"control/{name}"
         if self._is_main and self._deadline is not None and now >= self._deadline:
-            self._deadline = None
-            self._bits |= SAVE | STOP
+            bits |= SAVE | STOP
             self.reason = self.reason or "train.max_hours"
-        bits, self._bits = self._bits, 0
         return bits

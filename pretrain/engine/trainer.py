@@ -86,7 +86,16 @@ class Trainer:
         return self.state.step >= self.total_steps or self.state.stopped_early is not None
 
     def train(self) -> ExitCode:
-        """Train to the end of the run or to a request to stop. Collective; the same code on every rank."""
+        """Train to the end of the run or to a request to stop. Collective; the same code on every rank.
+
+        A loader that fails on one rank ends the run on all of them with its error, after a checkpoint: once the data are
+        repaired the run goes on at the very batch.
+        """
+        self.reporter.reason = self.state.stopped_early or "length reached"
+        if self._complete:
+            _log.info("%s is complete: step %d of %d (%s); nothing to do", self.keeper.folder.root, self.state.step,
+                      self.total_steps, self.reporter.reason)
+            return ExitCode.DONE
         while not self._complete:
             if self.step():
                 return ExitCode.STOPPED
@@ -100,8 +109,8 @@ class Trainer:
         requests, totals = self._agree(loaded, counts)
         if requests and self._serve(requests, loaded):
             return True
-        assert isinstance(loaded, LoadedUpdate)
-        self._one(loaded, totals)
+        if isinstance(loaded, LoadedUpdate) and not self._complete:  # an evaluation on request may have ended the run
+            self._one(loaded, totals)
         return False
 
     def _read(self) -> tuple[LoadedUpdate | PretrainError, list[int]]:

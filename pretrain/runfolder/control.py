@@ -27,7 +27,7 @@ def request(folder: RunFolder, name: str, value: str | None = None) -> None:
     if value is not None:
         if name != "reload_lr":
             raise UserError(f"{name}: takes no value, {value!r} was given")
-        _check_learning_rate(value)
+        learning_rate(value)
     try:
         folder.control_dir.mkdir(exist_ok=True)
         write_text_atomic(folder.control_dir / name, (value or "") + "\n")
@@ -63,10 +63,12 @@ def poll(folder: RunFolder) -> dict[str, str]:
     return taken
 
 
-def _check_learning_rate(value: str) -> None:
+def learning_rate(value: str) -> float:
+    """The value of a `reload_lr` request as a number. Raises UserError."""
     try:
-        good = 0.0 <= float(value) <= 10.0
+        rate = float(value)
     except ValueError:
-        good = False
-    if not good:
+        rate = -1.0
+    if not 0.0 <= rate <= 10.0:
         raise UserError(f"reload_lr: {value!r} is no learning rate; a number between 0 and 10 would be right")
+    return rate

@@ -54,7 +54,8 @@ def launch_cases(module: str, nproc: int, folder: Path, timeout_s: float = 280.0
 
 def main(cases: Mapping[str, Case]) -> None:
     """Entry of a rank: run every case in the same order on all ranks, write rank 0's results after each."""
-    from pretrain.engine.distributed import join, rank_environment, shutdown
+    from pretrain.engine.distributed import join, shutdown
+    from pretrain.engine.launcher import rank_environment
     from tests.engine import toy
 
     toy.register()
