@@ -129,3 +129,17 @@ def test_the_json_schema_takes_files_that_extend(text, tmp_path):
     path.write_text(text)
     load_run_config(path)
     validate(yaml.safe_load(text), SCHEMA, SCHEMA)
+
+
+def test_presets_of_a_wheel_and_an_installation_without_any(tmp_path, monkeypatch):
+    from pretrain.config import presets
+    package = tmp_path / "site-packages" / "pretrain"
+    monkeypatch.setattr(presets, "_PACKAGE", package)
+    with pytest.raises(UserError, match="the installation is incomplete"):
+        presets.configs_dir()
+    for folder in (package.parent / "configs" / "presets", package / "_configs" / "presets"):
+        folder.mkdir(parents=True)  # somebody else's `configs` beside the package is not ours
+    (package / "_configs" / "presets" / "mine.yaml").write_text("seed: 1\n")
+    assert presets.configs_dir() == package / "_configs"
+    assert presets.list_presets() == ["mine"]
+    assert display_path(preset_path("mine")) == "configs/presets/mine.yaml"
