@@ -27,6 +27,7 @@ from pretrain.engine.checkpoint import Snapshot
 from pretrain.engine.consolidate import load_initial_weights
 from pretrain.engine.distributed import World
 from pretrain.engine.evaluator import Evaluator
+from pretrain.engine.initial import check_initial
 from pretrain.engine.keeping import Keeper
 from pretrain.engine.reporting import Reporter
 from pretrain.engine.schedule import LearningRate
@@ -159,6 +160,8 @@ def prepare(loaded: LoadedConfig, world: World, claim: Claim, evaluators: Sequen
         precision = "fp32"
     data = open_data(config, batch, world)
     lengths = world.all_or_none(lambda: Lengths.of(config, batch, data.epoch_samples))
+    if config.train.init_from and claim.resume is None:
+        world.all_or_none(lambda: check_initial(Path(str(config.train.init_from)), data.source))
     rng.seed_all(config.seed, world.rank)
     model, ds_config, keepalive = build_model(config, family, batch, precision, world)
     if config.train.gates_at_start and claim.resume is None:
@@ -320,7 +323,7 @@ def _resume(trainer: Trainer, snapshot: Snapshot, claim: Claim) -> None:
 
 def _gates(config: RunConfig, model: PreTrainedModel, world: World) -> None:
     from pretrain.gates import run_gates
-    failed = [r for r in run_gates(model, vocab_size=config.model.vocab_size, seq_len=min(64, config.data.seq_len),
+    failed = [r for r in run_gates(model, vocab_size=config.model.vocab_size, seq_len=min(256, config.data.seq_len),
                                    seed=config.seed, device=world.device) if not r.passed]
     if failed:
         raise CheckFailed("; ".join(f"gate {r.name}: {r.message}" for r in failed))
