@@ -91,7 +91,10 @@ def _memory_lines(plan: Plan) -> Iterator[str]:
     memory = plan.memory
     terms = [term for term in memory.phases[memory.peak] if term.bytes]
     width = max(len(term.name) for term in terms)
-    yield f"memory a rank, in the {memory.peak} phase, where it is largest (libraries not counted):"
+    count = plan.parameters
+    yield f"memory a rank, in the {memory.peak} phase, where it is largest (libraries not counted); bytes with"
+    yield (f"P = {count.trainable:,} trainable and F = {count.total - count.trainable:,} frozen parameters, "
+           f"W = {plan.world_size} ranks, B = {memory.bucket_elements:,} elements of a reduce bucket:")
     for term in terms:
         yield f"  {term.name:<{width}}  {gib(term.bytes):>10}  {term.formula}{'  [host]' if term.host else ''}"
     yield f"  {'sum':<{width}}  {gib(memory.device_bytes):>10}"

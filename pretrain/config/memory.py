@@ -50,6 +50,8 @@ class RankMemory:
     """Terms of each phase of one rank."""
 
     phases: dict[PhaseName, tuple[Term, ...]]
+    bucket_elements: int
+    """B of the formulas."""
 
     @property
     def peak(self) -> PhaseName:
@@ -122,7 +124,7 @@ def rank_memory(config: RunConfig, batch: ResolvedBatch, precision: Precision, d
     fused = device == "cuda" or engine.offload.optimizer == "cpu"
     return RankMemory({"build": tuple(_build(sizes)),
                        "backward": tuple([*_held(sizes), *_backward(sizes)]),
-                       "step": tuple([*_held(sizes), *_step(sizes, fused)])})
+                       "step": tuple([*_held(sizes), *_step(sizes, fused)])}, sizes.bucket)
 
 
 def _build(s: _Sizes) -> Iterator[Term]:
