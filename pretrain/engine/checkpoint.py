@@ -22,16 +22,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from pretrain.engine import probe, rng
+from pretrain.engine import elastic, probe, rng
 from pretrain.engine.build import Engine
+from pretrain.engine.shards import PRIVATE, TAG
 from pretrain.errors import DataCorruption, UserError
 from pretrain.runfolder.layout import CheckpointRef, RunFolder
 from pretrain.runfolder.lease import Lease
 from pretrain.runfolder.publish import Manifest, fsync, hash_file, publish_dir, require_space, write_json_atomic
 
-TAG = "deepspeed"
 _RANK_FILE = re.compile(r"(?:zero_pp_rank_|rng-)(\d+)[_.]")
 _log = logging.getLogger("pretrain")
 
@@ -105,9 +106,11 @@ def _numel(parameter: torch.nn.Parameter) -> int:
 
 def _write_parts(engine: Engine, temporary: Path, snapshot: Snapshot) -> None:
     """DeepSpeed's shards and this rank's random state."""
-    # The version key is what DeepSpeed's own converter to other world sizes asks for.
-    engine.ds.save_checkpoint(str(temporary), tag=TAG, save_latest=False,
-                              client_state={"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}})
+    names = {id(parameter): name for name, parameter in engine.model.named_parameters()}
+    # Without partitions DeepSpeed notes no names: the optimizer's state is then told by the order of its parameters.
+    ours = {} if engine.stage else {"optimizer_parameters": [[names[id(p)] for p in group["params"]]
+                                                             for group in engine.ds.optimizer.param_groups]}
+    engine.ds.save_checkpoint(str(temporary), tag=TAG, save_latest=False, client_state={PRIVATE: ours})
     save_file(rng.capture(), temporary / f"rng-{engine.world.rank}.safetensors")
 
 
@@ -168,53 +171,61 @@ def verify(ref: CheckpointRef) -> None:
 
 
 @torch.no_grad()
-def load(engine: Engine, ref: CheckpointRef) -> Snapshot:
+def load(engine: Engine, ref: CheckpointRef, seed: int) -> Snapshot:
     """Load a verified checkpoint into a fresh engine and prove it on the stored batch. Collective.
 
-    Raises UserError where the checkpoint is of another world size or stage, DataCorruption where the loaded weights do
-    not reproduce the stored figures.
+    World size, ZeRO stage and precision may be others than those that wrote it. Raises UserError where it is of another
+    model, DataCorruption where the loaded weights do not reproduce the stored figures.
     """
-    check_compatible(engine, ref)
-    path, _ = engine.ds.load_checkpoint(str(ref.path), tag=TAG)
-    if path is None:
-        raise DataCorruption(f"{ref.path}: DeepSpeed found nothing to load in {ref.path / TAG}")
+    manifest = Manifest.read(ref.path)
+    world = engine.world
+    same_layout = _announce(engine, manifest, ref)
+    elastic.restore(engine, ref.path, manifest)
     hook_tensors = _restore_extra(engine, ref.path)
     stored = json.loads((ref.path / "state.json").read_text())
     inputs = load_file(ref.path / "probe.safetensors")
     saved = json.loads((ref.path / "probe.json").read_text())
     figures = probe.measure(engine, inputs, saved["controls"])
-    probe.compare({k: float.fromhex(v) for k, v in saved["figures"].items()}, figures, exact=True,
-                  precision=engine.precision, where=str(ref.path))
-    rng.restore(load_file(ref.path / f"rng-{engine.world.rank}.safetensors"))
+    probe.compare({k: float.fromhex(v) for k, v in saved["figures"].items()}, figures, exact=same_layout,
+                  precisions=(manifest.dtype, engine.precision), where=str(ref.path))
+    if manifest.world == world.size:
+        rng.restore(load_file(ref.path / f"rng-{world.rank}.safetensors"))
+    else:
+        rng.seed_all(seed, world.rank, manifest.k)
     return Snapshot(stored["state"], stored["schedule"], stored["health"], {**stored["hooks"], **hook_tensors},
                     stored["data_fingerprint"], inputs, saved["controls"])
 
 
-def check_compatible(engine: Engine, ref: CheckpointRef) -> None:
-    """Raise UserError where this engine cannot take the checkpoint as it is."""
-    manifest = Manifest.read(ref.path)
-    pairs = {"world size": (manifest.world, engine.world.size), "engine.zero_stage": (manifest.stage, engine.stage),
-             "engine.precision": (manifest.dtype, engine.precision)}
-    for name, (saved, mine) in pairs.items():
-        if saved != mine:
-            raise UserError(f"{ref.path}: written with {name} {saved}, this run has {mine}; resume with the same, "
-                            "or start a new run with train.init_from")
+def _announce(engine: Engine, manifest: Manifest, ref: CheckpointRef) -> bool:
+    """Log what differs between the run that wrote and this one. True where nothing does."""
+    world = engine.world
+    written = f"{manifest.world} ranks, ZeRO stage {manifest.stage}, {manifest.dtype}"
+    here = f"{world.size} ranks, ZeRO stage {engine.stage}, {engine.precision}"
+    if world.is_main and written != here:
+        _log.info("%s was written by %s; %s take over its weights and optimizer state", ref.path, written, here)
+    if world.is_main and manifest.world != world.size:
+        _log.info("random state of %d ranks does not fit %d: generators are seeded from (seed, rank, batch %d), and "
+                  "dropout differs from an undisturbed run's", manifest.world, world.size, manifest.k)
+    if world.is_main and manifest.dtype != engine.precision:
+        _log.warning("precision changes from %s to %s: losses go on near the former ones, not equal to them",
+                     manifest.dtype, engine.precision)
+    return written == here
 
 
 def _restore_extra(engine: Engine, path: Path) -> dict[str, torch.Tensor]:
-    """Put frozen parameters and buffers back; returns the hooks' tensors."""
+    """Put frozen parameters and buffers back, one at a time; returns the hooks' tensors."""
     from deepspeed.runtime.zero import GatheredParameters
-    extra = load_file(path / "extra.safetensors")
-    for name, parameter in engine.model.named_parameters():
-        if parameter.requires_grad:
-            continue
-        value = extra.get(f"parameter/{name}")
-        if value is None:
-            raise DataCorruption(f"{path / 'extra.safetensors'}: holds no frozen parameter {name}")
-        with GatheredParameters([parameter], modifier_rank=0, enabled=engine.stage == 3):
-            if engine.stage != 3 or engine.world.is_main:
-                parameter.data.copy_(value)
-    for name, buffer in engine.model.named_buffers():
-        if f"buffer/{name}" in extra:
-            buffer.data.copy_(extra[f"buffer/{name}"])
-    return {key.removeprefix("hook/"): value for key, value in extra.items() if key.startswith("hook/")}
+    with safe_open(path / "extra.safetensors", framework="pt") as extra:
+        keys = set(extra.keys())
+        for name, parameter in engine.model.named_parameters():
+            if parameter.requires_grad:
+                continue
+            if f"parameter/{name}" not in keys:
+                raise DataCorruption(f"{path / 'extra.safetensors'}: holds no frozen parameter {name}")
+            with GatheredParameters([parameter], modifier_rank=0, enabled=engine.stage == 3):
+                if engine.stage != 3 or engine.world.is_main:
+                    parameter.data.copy_(extra.get_tensor(f"parameter/{name}"))
+        for name, buffer in engine.model.named_buffers():
+            if f"buffer/{name}" in keys:
+                buffer.data.copy_(extra.get_tensor(f"buffer/{name}"))
+        return {key.removeprefix("hook/"): extra.get_tensor(key) for key in keys if key.startswith("hook/")}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -42,11 +42,15 @@ def figures(output: Any) -> dict[str, float]:
     raise TypeError(f"a model's forward returned {type(output).__name__}, neither LMOutput nor EncoderOutput")
 
 
-def compare(saved: Mapping[str, float], now: Mapping[str, float], *, exact: bool, precision: str, where: str) -> None:
-    """Raise DataCorruption where the loaded weights do not give the saved figures."""
+def compare(saved: Mapping[str, float], now: Mapping[str, float], *, exact: bool, precisions: Collection[str],
+            where: str) -> None:
+    """Raise DataCorruption where the loaded weights do not give the saved figures.
+
+    `exact` asks for equal bits; else the widest tolerance among `precisions` of both sides holds.
+    """
+    rtol = 0.0 if exact else max(RTOL_OTHER_WORLD[precision] for precision in precisions)
     for name, want in saved.items():
         have = now.get(name)
-        limit = 0.0 if exact else RTOL_OTHER_WORLD[precision] * max(abs(want), 1e-12)
-        if have is None or not abs(have - want) <= limit:
+        if have is None or not abs(have - want) <= rtol * max(abs(want), 1e-12):
             raise DataCorruption(f"{where}: the loaded weights give {name} = {have!r} on the stored batch, the saved "
                                  f"ones gave {want!r}; the checkpoint does not hold what was trained")

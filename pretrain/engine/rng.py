@@ -41,9 +41,9 @@ def restore(state: dict[str, torch.Tensor]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def seed_all(seed: int, rank: int) -> None:
-    """Seed every generator for training (dropout): the same run and rank draw the same numbers."""
-    mixed = np.random.SeedSequence([seed, rank]).generate_state(2)
+def seed_all(seed: int, rank: int, k: int = 0) -> None:
+    """Seed every generator for training (dropout): the same run and rank draw the same numbers from batch `k` on."""
+    mixed = np.random.SeedSequence([seed, rank, k]).generate_state(2)
     random.seed(int(mixed[0]))
     np.random.seed(int(mixed[1]))
     torch.manual_seed(int(mixed[0]) << 32 | int(mixed[1]))

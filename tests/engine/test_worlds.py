@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.engine import elastic_cases, elastic_checks
 from tests.engine.world import launch_cases
 
 STAGES = ("0", "1", "2", "3")
@@ -16,23 +17,25 @@ GOLDEN = Path(__file__).parent / "golden.json"
 pytestmark = pytest.mark.launch
 
 
-def _results(module: str, nproc: int, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return launch_cases(f"tests.engine.{module}", nproc, tmp_path_factory.mktemp(module))
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of all launches: a later one resumes what an earlier one saved."""
+    return tmp_path_factory.mktemp("worlds")
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return _results("one_rank", 1, tmp_path_factory)
+def four(base: Path) -> dict[str, Any]:
+    return launch_cases("tests.engine.four_ranks", 4, base / "four_ranks")
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return _results("two_ranks", 2, tmp_path_factory)
+def one(base: Path, four: dict[str, Any]) -> dict[str, Any]:
+    return launch_cases("tests.engine.one_rank", 1, base / "one_rank")
 
 
 @pytest.fixture(scope="module")
-def four(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return _results("four_ranks", 4, tmp_path_factory)
+def two(base: Path, one: dict[str, Any]) -> dict[str, Any]:
+    return launch_cases("tests.engine.two_ranks", 2, base / "two_ranks")
 
 
 @pytest.fixture(params=[1, 2], ids=["1 rank", "2 ranks"])
@@ -102,6 +105,46 @@ def test_a_hook_writes_master_and_model_copy(small: dict[str, Any]) -> None:
     for key, found in case(small, "read_write").items():
         assert found["master"] == pytest.approx([0.3, 0.3], rel=1e-7), key
         assert found["used"] == pytest.approx([0.3, 0.3], rel=1e-7 if "fp32" in key else 2**-8), key
+
+
+@pytest.mark.parametrize("chain", elastic_cases.CHAINS)
+def test_another_world_and_stage_take_over_every_bit(chain: str, one: dict[str, Any], two: dict[str, Any]) -> None:
+    """Saved by 4 ranks, resumed and saved again by 1, trained, then by 2: names, masters, moments, steps, the rest."""
+    for results, case_name, before, after in ((one, "next_link", "step-10.f1", "step-10.f2"),
+                                              (two, "last_link", "step-20.f2", "step-20.f3")):
+        checkpoints = Path(case(results, case_name)[chain]["root"]) / "checkpoints"
+        elastic_checks.assert_same_state(checkpoints / before, checkpoints / after)
+
+
+@pytest.mark.parametrize("chain", elastic_cases.CHAINS)
+def test_losses_and_states_go_on_as_undisturbed_on_other_worlds_and_stages(
+        chain: str, one: dict[str, Any], two: dict[str, Any]) -> None:
+    model, precision, *_ = chain.split("-")
+    whole = case(one, "undisturbed")[f"{model}-{precision}"]
+    last = case(two, "last_link")[chain]
+    assert last["begun"] == 20
+    assert len(last["losses"]) == 30
+    assert last["losses"] == pytest.approx(whole["losses"], rel=elastic_checks.LOSS_RTOL[precision])
+    assert last["calls"] == (30 if model == "toy" else None)
+    elastic_checks.assert_close_state(Path(whole["root"]) / "checkpoints" / "step-30.f1",
+                                      Path(last["root"]) / "checkpoints" / "step-30.f3", precision)
+
+
+@pytest.mark.parametrize("chain", elastic_cases.CHAINS)
+def test_every_group_keeps_its_decay_and_every_state_its_own_step(
+        chain: str, one: dict[str, Any], two: dict[str, Any]) -> None:
+    for link, steps in ((case(one, "next_link")[chain], 10), (case(two, "last_link")[chain], 20)):
+        for facts in link["facts"]:
+            assert facts["decay"] == [link["decay"], 0.0]
+            assert set(facts["steps"]) == {steps}
+            assert facts["distinct"] == len(facts["steps"])
+
+
+def test_a_resume_that_breaks_off_on_one_rank_leaves_the_checkpoint_as_it_was(two: dict[str, Any]) -> None:
+    found = case(two, "interrupted")
+    assert len(found["messages"]) == 2 and all("planted" in message for message in found["messages"])
+    assert found["untouched"]
+    assert found["step"] == 10
 
 
 def test_evaluation_leaves_training_bit_identical(one: dict[str, Any]) -> None:
