@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from pretrain.data.loader import read_rows
 from pretrain.data.mixture import MixtureSource
 from pretrain.data.order import GlobalOrder
 from pretrain.data.shards import IGNORE_LABEL
+from pretrain.errors import ConfigError
 
 VALIDATION_SPLIT = "val"
 PADDING_ID = -1
@@ -53,19 +55,41 @@ def open_source(config: SourceConfig, data: DataConfig) -> SampleSource:
 def open_training(config: RunConfig, batch: ResolvedBatch) -> TrainingData:
     """Training source and global order of a run.
 
-    Raises ConfigError where order, mixture and batch do not fit, UserError and DataCorruption from the source.
+    Raises ConfigError where order, mixture, tokens and batch do not fit, UserError and DataCorruption from the source.
     """
     source = open_source(config.data.source, config.data)
-    if isinstance(source, MixtureSource):
-        parts, weights, period = source.parts, source.weights, source.period
-    else:
-        parts, weights, period = [source], [1.0], 1
+    parts, keys = parts_of(source, "data.source")
+    weights, period = (source.weights, source.period) if isinstance(source, MixtureSource) else ([1.0], 1)
+    for part, key in zip(parts, keys, strict=True):
+        check_tokens(part, key, config, like=parts[0], like_key=keys[0])
     order = GlobalOrder([_size(part) for part in parts], global_batch_size=batch.global_batch_size, seed=config.seed,
                         order=config.data.order, weights=weights, period=period)
     fingerprint = hashlib.sha256(canonical_json({
         "source": source.fingerprint, "order": config.data.order.model_dump(mode="json"), "seed": config.seed,
         "global_batch_size": batch.global_batch_size})).hexdigest()
     return TrainingData(source, order, fingerprint, order.epoch_samples)
+
+
+def parts_of(source: SampleSource, key: str) -> tuple[list[SampleSource], list[str]]:
+    """The sources that a source draws from, itself where it is no mixture, and their places in the config."""
+    if isinstance(source, MixtureSource):
+        return source.parts, [f"{key}.parts.{number}.source" for number in range(len(source.parts))]
+    return [source], [key]
+
+
+def check_tokens(source: object, key: str, config: RunConfig, *, like: object, like_key: str) -> None:
+    """Raise ConfigError where ids of `source` are not in the model's vocabulary, or mean other tokens than `like`'s.
+
+    Sources and manifests state `vocab_size` and `tokenizer_sha256`; what states neither is passed over.
+    """
+    ids, rows = getattr(source, "vocab_size", None), config.model.vocab_size
+    if ids is not None and ids > rows:
+        raise ConfigError("model.vocab_size", f"{rows} is too small for {key}, whose token ids go up to {ids - 1}; "
+                          f"use {ids} or more, or the dataset that this model is for")
+    mine, theirs = (getattr(each, "tokenizer_sha256", None) for each in (source, like))
+    if mine and theirs and mine != theirs:
+        raise ConfigError(key, f"was made with another tokenizer than {like_key} (SHA-256 {mine[:12]}, {theirs[:12]}): "
+                          "equal ids are different tokens; prepare both with one tokenizer.path")
 
 
 def _size(source: SampleSource) -> int | None:
@@ -81,9 +105,12 @@ def open_validation(config: RunConfig) -> SampleSource | None:
     Windows do not overlap, whatever `data.stride` says of training: each token is counted once.
     """
     data = config.data.model_copy(update={"stride": None})
-    if data.validation is not None:
-        return open_source(data.validation, data)
     training = data.source
+    if data.validation is not None:
+        validation = open_source(data.validation, data)
+        like = Manifest.read(Path(training.path)) if isinstance(training, ShardsConfig) else validation
+        check_tokens(validation, "data.validation", config, like=like, like_key="data.source")
+        return validation
     if isinstance(training, ShardsConfig) and VALIDATION_SPLIT in Manifest.load(training.path).splits:
         return open_source(training.model_copy(update={"split": VALIDATION_SPLIT}), data)
     return None

@@ -93,6 +93,16 @@ class ShardSource:
             "kind": "shards", "dataset": self.manifest.fingerprint, "split": self.split.name, "seq_len": self.seq_len,
             "stride": self.stride, "document_masking": self.document_masking})).hexdigest()
 
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below this."""
+        return self.manifest.vocab_size
+
+    @property
+    def tokenizer_sha256(self) -> str | None:
+        """SHA-256 of the tokenizer that gave the ids; None for ids without one."""
+        return self.manifest.tokenizer_sha256
+
     def __len__(self) -> int:
         """Windows in the split."""
         return (self.split.tokens - self.seq_len - 1) // self.stride + 1

@@ -35,6 +35,11 @@ class ArraySource:
         digest.update(canonical_json({"seq_len": self.seq_len, "stride": self.stride}))
         return digest.hexdigest()
 
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below this."""
+        return int(self._tokens.max()) + 1
+
     def __len__(self) -> int:
         """Windows in the array."""
         return (len(self._tokens) - self.seq_len - 1) // self.stride + 1

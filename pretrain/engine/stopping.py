@@ -35,7 +35,7 @@ class StopSignals:
         self.reason = ""
         """Name of the first signal; empty where none came."""
         self.leave: Callable[[], None] = lambda: os._exit(int(ExitCode.STOPPED))
-        """What ends this process before training."""
+        """What ends this process before training. Does not return."""
         self._interrupts = 0
         self._holding = False
 

@@ -88,8 +88,8 @@ class Trainer:
     def train(self) -> ExitCode:
         """Train to the end of the run or to a request to stop. Collective; the same code on every rank.
 
-        A loader that fails on one rank ends the run on all of them with its error, after a checkpoint: once the data are
-        repaired the run goes on at the very batch.
+        A loader that fails on one rank ends the run on all of them with its error, after a checkpoint: once the data
+        are repaired the run goes on at the very batch.
         """
         self.reporter.reason = self.state.stopped_early or "length reached"
         if self._complete:

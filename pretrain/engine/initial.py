@@ -1,0 +1,45 @@
+"""Whether weights from elsewhere (`train.init_from`) mean by a token id what the data mean."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from data_prep.manifest import TOKENIZER, Manifest
+from pretrain.config.load import load_run_config
+from pretrain.config.source import ShardsConfig
+from pretrain.data.batch import SampleSource
+from pretrain.data.open import parts_of
+from pretrain.engine.consolidate import find_checkpoint
+from pretrain.errors import PretrainError, UserError
+from pretrain.runfolder.layout import RunFolder
+from pretrain.runfolder.publish import hash_file
+
+
+def check_initial(init_from: Path, source: SampleSource) -> None:
+    """Raise UserError where there is nothing at `init_from`, or its weights were trained with another tokenizer.
+
+    Where one of the two tokenizers is not known, nothing can be said.
+    """
+    if not init_from.exists():
+        raise UserError(f"train.init_from: {init_from} does not exist")
+    theirs = trained_tokenizer(init_from)
+    for part, key in zip(*parts_of(source, "data.source"), strict=True):
+        ours = getattr(part, "tokenizer_sha256", None)
+        if theirs and ours and theirs != ours:
+            raise UserError(f"train.init_from: {init_from} was trained with another tokenizer than that of {key} "
+                            f"(SHA-256 {theirs[:12]} and {ours[:12]}); prepare the data with its tokenizer.json "
+                            "(tokenizer.path)")
+
+
+def trained_tokenizer(weights: Path) -> str | None:
+    """SHA-256 of the tokenizer with which the weights of an export, a checkpoint or a run were trained, where known."""
+    if (weights / TOKENIZER).is_file():
+        return hash_file(weights / TOKENIZER)
+    checkpoint = find_checkpoint(weights)
+    if checkpoint is None:
+        return None
+    try:
+        source = load_run_config(RunFolder(checkpoint.parent.parent).config_file).config.data.source
+        return Manifest.read(Path(source.path)).tokenizer_sha256 if isinstance(source, ShardsConfig) else None
+    except PretrainError:  # a checkpoint that was moved away from its run, or a run from its data
+        return None
