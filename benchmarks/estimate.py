@@ -1,6 +1,7 @@
 """`pretrain estimate` beside runs of 2 ranks on this CPU.
 
 Peak memory is the sum over ranks of (peak RSS - RSS after imports), from building the model to the last update.
+The bytes of the checkpoint at the end are compared too.
 """
 
 from __future__ import annotations
@@ -83,9 +84,11 @@ def measure(case: tuple[str, int, Precision, int, int]) -> dict[str, Any]:
         if code:
             raise SystemExit(f"{case}: the run ended with code {code}")
         found = [json.loads((Path(folder) / f"rank-{number}.json").read_text()) for number in range(RANKS)]
+        saved = sum(path.stat().st_size for path in Path(folder).glob("*/checkpoints/step-*/**/*") if path.is_file())
     estimated, measured = RANKS * plan.memory.device_bytes, sum(figures["beyond"] for figures in found)
     return {"estimated": estimated, "measured": measured, "ratio": estimated / measured, "phase": plan.memory.peak,
             "ranks": [figures["beyond"] for figures in found], "imports": [figures["imports"] for figures in found],
+            "checkpoint": {"estimated": plan.checkpoint_bytes, "measured": saved},
             "terms": {term.name: term.bytes for term in plan.memory.phases[plan.memory.peak]}}
 
 
@@ -104,7 +107,8 @@ def main() -> None:
         results[name] = found = measure(case)
         verdict = "ok" if abs(found["ratio"] - 1) <= GOAL else "OFF"
         print(f"{name:<44} estimated {found['estimated'] / 2**30:6.2f} GiB, "
-              f"measured {found['measured'] / 2**30:6.2f} GiB, ratio {found['ratio']:.3f} {verdict}", flush=True)
+              f"measured {found['measured'] / 2**30:6.2f} GiB, ratio {found['ratio']:.3f} {verdict}; "
+              f"checkpoint {found['checkpoint']['estimated'] / found['checkpoint']['measured']:.3f}", flush=True)
     write_results("estimate", {"goal": f"within {GOAL:.0%}", "cases": results})
 
 
