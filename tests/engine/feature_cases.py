@@ -1,0 +1,151 @@
+"""Cases of single features, for the one-rank launch."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pretrain.config.interval import Interval
+from pretrain.config.presets import configs_dir
+from pretrain.engine.distributed import World
+from pretrain.engine.evaluator import EvalResult, Metric
+from pretrain.errors import PretrainError
+from tests.engine.running import finish, run, start
+
+
+class Scripted:
+    """An evaluator that says what it is told to, every two steps."""
+
+    name = "scripted"
+    every = Interval(2, "steps")
+
+    def __init__(self, values: list[float]) -> None:
+        self.values = list(values)
+
+    def evaluate(self, view: Any) -> EvalResult:
+        value = self.values.pop(0) if self.values else 9.0
+        return EvalResult({"val/loss": Metric(value, 1, False), "val/perplexity": Metric(math.exp(value), 1, False)})
+
+
+def plain_deepspeed_json(world: World, folder: Path) -> dict[str, Any]:
+    """Every file that needs no compiler trains with plain DeepSpeed, without a word of ours."""
+    import deepspeed
+    found = {}
+    for stage in range(4):
+        config = json.loads((configs_dir() / "deepspeed" / f"zero{stage}.json").read_text())
+        model = torch.nn.Linear(8, 1)
+        engine, *_ = deepspeed.initialize(model=model, config=config)
+        x = torch.ones(1, 8, dtype=next(model.parameters()).dtype)
+        losses = []
+        for _ in range(3):
+            loss = engine(x).float().square().sum()
+            engine.backward(loss)
+            engine.step()
+            losses.append(float(loss))
+        found[str(stage)] = losses
+        engine.destroy()
+    return found
+
+
+def init_from(world: World, folder: Path) -> dict[str, Any]:
+    """Weights and nothing else travel from a finished run of another stage."""
+    run(world, folder, "teacher", engine={"zero_stage": 3}, model={"hooked": True})
+    teacher = folder / "runs" / "teacher"
+    trainer = start(world, folder, "pupil", train={"length": "5 steps", "init_from": str(teacher)})
+    from pretrain.engine.consolidate import find_checkpoint, load_weights
+    checkpoint = find_checkpoint(teacher)
+    assert checkpoint is not None
+    weights = load_weights(checkpoint)
+    largest = max(float((p.detach() - weights[n]).abs().max()) for n, p in trainer.engine.model.named_parameters())
+    step = trainer.state.step
+    finish(trainer)
+    try:
+        start(world, folder, "misfit", model={"width": 8}, train={"init_from": str(teacher)})
+        message = "no error"
+    except PretrainError as error:
+        message = str(error)
+    return {"difference": largest, "step": step, "names": sorted(weights), "message": message}
+
+
+def plateau_and_patience(world: World, folder: Path) -> dict[str, Any]:
+    """The rate is cut after `plateau_patience` bad evaluations, and training ends after `patience`."""
+    trainer = start(world, folder, "plateau", schedule={"name": "plateau", "warmup": None, "plateau_patience": 2},
+                    eval={"every": "2 steps"}, train={"length": "40 steps", "patience": 4})
+    trainer.evaluators = [Scripted([3.0, 2.0, 2.5, 2.5, 2.5, 2.5])]
+    trainer.train()
+    result = {"step": trainer.state.step, "factor": trainer.lr.plateau.factor, "best": trainer.state.best,
+              "reason": trainer.state.stopped_early, "best_steps": trainer.state.best_steps,
+              "pointer": trainer.keeper.folder.read_pointer("best-val/loss").step}
+    finish(trainer)
+    return result
+
+
+def target_perplexity(world: World, folder: Path) -> dict[str, Any]:
+    """Training ends once validation perplexity is at the target."""
+    trainer = start(world, folder, "target", eval={"every": "2 steps"},
+                    train={"length": "40 steps", "target_perplexity": 8.0})
+    trainer.evaluators = [Scripted([3.0, 2.5, 2.0])]
+    trainer.train()
+    result = {"step": trainer.state.step, "reason": trainer.state.stopped_early}
+    finish(trainer)
+    return result
+
+
+def divergence(world: World, folder: Path) -> dict[str, Any]:
+    """Three bad updates in a row end the run with code 4, and say which batches."""
+    trainer = start(world, folder, "diverged", train={"max_bad_steps": 3})
+    handle = trainer.engine.model.trained.register_full_backward_hook(lambda m, gi, go: (gi[0] * float("inf"),))
+    try:
+        trainer.train()
+        outcome: dict[str, Any] = {"code": 0, "message": ""}
+    except PretrainError as error:
+        outcome = {"code": int(error.code), "message": str(error)}
+    handle.remove()
+    outcome["k"] = trainer.state.k
+    finish(trainer)
+    return outcome
+
+
+def retention(world: World, folder: Path) -> list[int]:
+    """keep_last 2, keep_every 8 steps, and the best of the scripted evaluations."""
+    trainer = start(world, folder, "kept", eval={"every": "2 steps"},
+                    checkpoint={"every": "2 steps", "keep_last": 2, "keep_best": 1, "keep_every": "8 steps"})
+    trainer.evaluators = [Scripted([3.0, 2.0, 1.0])]
+    trainer.train()
+    kept = sorted(ref.step for ref in trainer.keeper.folder.checkpoints())
+    finish(trainer)
+    return kept
+
+
+def profiler(world: World, folder: Path) -> list[str]:
+    """A trace of steps 3 to 4."""
+    trainer = start(world, folder, "traced", train={"length": "6 steps"},
+                    monitor={"profile_steps": [3, 4], "tensorboard": False, "progress": "off"})
+    trainer.train()
+    names = sorted(p.name for p in trainer.keeper.folder.profile_dir.iterdir())
+    finish(trainer)
+    return names
+
+
+def readback(world: World, folder: Path) -> dict[str, list[str]]:
+    """DeepSpeed does what was written, in every stage and precision; and a changed field is seen."""
+    from pretrain.engine.readback import differences
+    found = {}
+    for stage, precision in ((0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (2, "bf16"), (3, "bf16")):
+        trainer = start(world, folder, f"{stage}-{precision}", engine={"zero_stage": stage, "precision": precision})
+        found[f"{stage}-{precision}"] = differences(trainer.engine)
+        finish(trainer)
+    trainer = start(world, folder, "changed")
+    trainer.engine.config["gradient_clipping"] = 7.0
+    found["changed"] = differences(trainer.engine)
+    finish(trainer)
+    return found
+
+
+CASES = {"plain_deepspeed_json": plain_deepspeed_json, "init_from": init_from, "readback": readback,
+         "plateau_and_patience": plateau_and_patience, "target_perplexity": target_perplexity,
+         "divergence": divergence, "retention": retention, "profiler": profiler}
