@@ -28,6 +28,8 @@ class PretrainError(Exception):
     """Base of all errors with a meaning for the user. `code` is the exit code of the process."""
 
     code: ExitCode = ExitCode.INTERNAL
+    agreed: bool = False
+    """Whether every rank of a run raises this same error; one of them then tells the user."""
 
 
 class UserError(PretrainError):
