@@ -66,10 +66,15 @@ class _Dumper(yaml.SafeDumper):
         """Write every value out: a reader should not have to follow anchors."""
         return True
 
+    def represent_text(self, data: str) -> yaml.ScalarNode:
+        """Text that holds line breaks or other invisible characters is written with escapes, on one line."""
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=None if data.isprintable() else '"')
+
 
 for _tag, _pattern, _first in _RULES:
     for _class in (_Loader, _Dumper):
         _class.add_implicit_resolver(_tag, re.compile(_pattern), [*_first, *([""] if "null" in _tag else [])])
+_Dumper.add_representer(str, _Dumper.represent_text)
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_int)
 
 
