@@ -144,7 +144,7 @@ def choose_precision(config: RunConfig, world: World) -> Precision:
         raise ConfigError("engine.precision", "fp16 needs CUDA; use bf16 or fp32 here")
     if wanted != "auto":
         return wanted
-    facts = device_facts() if world.device.type != "cuda" else DeviceFacts(
+    facts = device_facts([]) if world.device.type != "cuda" else DeviceFacts(
         "cuda", cuda_capability=torch.cuda.get_device_capability(world.device))
     precision, reason = advise_precision(facts, config.engine.zero_stage)
     _log.info("precision %s: %s", precision, reason)
