@@ -1,0 +1,158 @@
+"""Ranks without the seconds that imports take: one process imports everything once and forks a rank for each request.
+
+What is left out is the start of the interpreter; from `pretrain.cli.main.main` on a forked rank runs the real command.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass
+class Forked:
+    """A running command."""
+
+    server: Warm
+    pid: int
+    stderr_file: Path
+    code: int | None = None
+
+    def poll(self) -> int | None:
+        """Exit code, negative for a signal; None while it runs."""
+        if self.code is None:
+            self.code = self.server.ask({"poll": self.pid})
+        return self.code
+
+    def wait(self, timeout_s: float = 60.0) -> int:
+        """Exit code; a process that outlives `timeout_s` is killed and fails the test."""
+        deadline = time.monotonic() + timeout_s
+        while self.poll() is None:
+            if time.monotonic() > deadline:
+                self.send(signal.SIGKILL)
+                raise AssertionError(f"still running after {timeout_s} s:\n{self.stderr}")
+            time.sleep(0.02)
+        assert self.code is not None
+        return self.code
+
+    def send(self, number: int) -> None:
+        """Send a signal."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    @property
+    def stderr(self) -> str:
+        """What it has printed so far."""
+        return self.stderr_file.read_text(errors="replace")
+
+    @property
+    def errors(self) -> list[str]:
+        """Lines for the user."""
+        return [line for line in self.stderr.splitlines() if line.startswith("error:")]
+
+
+@dataclass
+class Warm:
+    """The process that forks."""
+
+    process: subprocess.Popen[str] = field(init=False)
+    count: int = 0
+
+    def __post_init__(self) -> None:
+        environment = dict(os.environ, OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", PYTHONPATH=str(ROOT),
+                           TOKENIZERS_PARALLELISM="false", NO_COLOR="1")
+        self.process = subprocess.Popen([sys.executable, "-m", "tests.cli.warm"], stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT)
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline() == "ready\n"
+
+    def ask(self, request: dict[str, Any]) -> Any:
+        """One question, one answer."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def start(self, folder: Path, arguments: Sequence[str], *, before: str = "",
+              environment: dict[str, str] | None = None) -> Forked:
+        """Run `pretrain ARGUMENTS` in `folder`; the Python statements `before` are run first, to break something.
+
+        It is rank 0 of 1, unless `environment` says otherwise; with an empty one it is what a user starts.
+        """
+        self.count += 1
+        stderr = folder / f"stderr-{self.count}.txt"
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+        pid = self.ask({"arguments": list(arguments), "folder": str(folder), "stderr": str(stderr), "before": before,
+                        "environment": alone if environment is None else environment})
+        return Forked(self, pid, stderr)
+
+    def close(self) -> None:
+        """End the server; what it forked dies with it."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(10)
+
+
+def serve() -> None:
+    """Fork for each line of standard input."""
+    import deepspeed  # noqa: F401
+    import transformers  # noqa: F401
+
+    import pretrain.cli.train
+    import pretrain.engine.run
+    import pretrain.models.baseline.family
+    import pretrain.objectives.causal_lm  # noqa: F401
+
+    print("ready", flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "poll" in request:
+            pid, status = os.waitpid(request["poll"], os.WNOHANG)
+            answer = os.waitstatus_to_exitcode(status) if pid else None
+        else:
+            answer = os.fork()
+            if answer == 0:
+                _run(request)
+        print(json.dumps(answer), flush=True)
+    os._exit(0)
+
+
+def _run(request: dict[str, Any]) -> None:
+    """The forked process: becomes what a shell would have started."""
+    from pretrain.engine.launcher import _die_with
+    code = 1
+    try:
+        os.setpgid(0, 0)
+        _die_with(os.getppid())
+        output = os.open(request["stderr"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        for descriptor in (1, 2):
+            os.dup2(output, descriptor)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.chdir(request["folder"])
+        os.environ.update(request["environment"])
+        sys.argv = ["pretrain", *request["arguments"]]
+        exec(request["before"], {})
+        from pretrain.cli.main import main
+        main()
+        code = 0
+    except SystemExit as leaving:
+        code = int(leaving.code or 0)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    serve()
