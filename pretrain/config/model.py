@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -28,6 +28,9 @@ class ModelConfig(Section):
     """Base of a family's schema. A schema imports no torch; its counts are held to the built model by tests."""
 
     model_config = ConfigDict(protected_namespaces=())
+
+    changeable: ClassVar[frozenset[str]] = frozenset()
+    """Keys that a run may change when it goes on: they say how it trains, not what the model is."""
 
     family: str = Field(description="which family builds this model; see pretrain/config/registry.py")
     tokenizer: str | None = Field(None, description="folder or hub id of the tokenizer; null: the one of the data")

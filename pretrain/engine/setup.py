@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -35,7 +36,7 @@ from pretrain.engine.state import RunState
 from pretrain.engine.stopping import StopRequests, StopSignals
 from pretrain.engine.trainer import Trainer
 from pretrain.engine.views import FamilyStartContext
-from pretrain.errors import CheckFailed, ConfigError, DataCorruption, PretrainError, UserError
+from pretrain.errors import CheckFailed, ConfigError, PretrainError, UserError
 from pretrain.models.base import Family, Hooks
 from pretrain.monitor.clock import TimeShares
 from pretrain.monitor.environment import describe_environment
@@ -50,6 +51,10 @@ from pretrain.runfolder.lease import Lease
 from pretrain.runfolder.publish import MANIFEST, hash_file, require_space, write_json_atomic, write_text_atomic
 from pretrain.runfolder.status import Status
 
+_CURE = "set it back, give the run another name, or start it with train.init_from"
+_ORDER_KEYS = ("seed", "batch.", "data.seq_len", "data.stride", "data.source", "data.order", "data.document_masking")
+"""What decides which samples a batch holds."""
+_UNSEEN = "other content of the dataset, or another number of ranks where batch.global_batch_size is left out"
 _log = logging.getLogger("pretrain")
 
 
@@ -61,8 +66,8 @@ class Claim:
     lease: Lease | None
     """Rank 0's."""
     resume: CheckpointRef | None
-    changes: list[str]
-    """`key is OLD in the run, NEW here` for each value in which the config differs from that of the last start."""
+    changes: list[tuple[str, Any, Any]]
+    """(dotted key, value at the last start, value now) where a run that goes on has another config."""
     status: Status | None
     """Rank 0's."""
 
@@ -77,7 +82,7 @@ def claim_run(loaded: LoadedConfig, world: World) -> Claim:
     lease: Lease | None = None
     status: Status | None = None
 
-    def claim() -> tuple[CheckpointRef | None, list[str]]:
+    def claim() -> tuple[CheckpointRef | None, list[tuple[str, Any, Any]]]:
         nonlocal lease, status
         folder = RunFolder.create(root)
         before = Status.read(folder)
@@ -119,13 +124,29 @@ def _describe(folder: RunFolder, loaded: LoadedConfig) -> None:
     write_json_atomic(folder.environment_file, describe_environment())
 
 
-def _changes(folder: RunFolder, loaded: LoadedConfig) -> list[str]:
+def _changes(folder: RunFolder, loaded: LoadedConfig) -> list[tuple[str, Any, Any]]:
     try:
-        before = load_run_config(folder.config_file)
+        return diff_configs(load_run_config(folder.config_file), loaded)
     except PretrainError as error:
         _log.warning("%s; what has changed since the last start cannot be told", error)
         return []
-    return [f"{key} is {old} in the run, {new} here" for key, old, new in diff_configs(before, loaded)]
+
+
+def check_changes(claim: Claim, config: RunConfig) -> None:
+    """Raise UserError where the run in the folder is of another model.
+
+    Weights would not always show it: buffers come out of the checkpoint, whatever the config says of them by now.
+    """
+    if claim.resume is None:
+        return
+    other = [change for change in claim.changes if change[0].startswith("model.")
+             and change[0].removeprefix("model.") not in config.model.changeable]
+    if other:
+        raise UserError(f"{claim.resume.path}: is of another model ({_told(other)}); {_CURE}")
+
+
+def _told(changes: Sequence[tuple[str, Any, Any]]) -> str:
+    return "; ".join(f"{key} is {old} in the run, {new} here" for key, old, new in changes)
 
 
 def choose(config: RunConfig, world: World) -> tuple[Family, ResolvedBatch, Precision]:
@@ -155,6 +176,7 @@ def prepare(loaded: LoadedConfig, world: World, claim: Claim, evaluators: Sequen
             signals: StopSignals | None = None) -> Trainer:
     """Everything between the claim on the run folder and the first step. Collective."""
     config = loaded.config
+    world.all_or_none(lambda: check_changes(claim, config))
     family, batch, precision = world.all_or_none(lambda: choose(config, world))
     if "fp32" in world.gather_objects(precision):  # ranks on unequal hardware
         precision = "fp32"
@@ -172,7 +194,7 @@ def prepare(loaded: LoadedConfig, world: World, claim: Claim, evaluators: Sequen
             load_initial_weights(model, Path(config.train.init_from), partitioned=keepalive is not None)
         hooks.before_engine(FamilyStartContext(model, world, keepalive is not None, data.samples))
     engine = build_engine(config, family, batch, precision, world, model, ds_config, keepalive)
-    snapshot = _load(engine, claim.resume, claim.changes, config, data) if claim.resume is not None else None
+    snapshot = _load(engine, claim, config, data) if claim.resume is not None else None
     world.on_main(lambda: take_over(loaded, claim, engine, lengths.total))
     trainer = _assemble(config, batch, world, claim, engine, family, data, hooks, evaluators, console, lengths, signals,
                         start_k=int(snapshot.state["k"]) if snapshot is not None else 0)
@@ -280,29 +302,20 @@ def _assemble(config: RunConfig, batch: ResolvedBatch, world: World, claim: Clai
         profiler=StepProfiler(claim.folder.profile_dir, *profile, world.rank) if profile else None)
 
 
-def _load(engine: Engine, ref: CheckpointRef, changes: Sequence[str], config: RunConfig,
-          data: TrainingData) -> Snapshot:
-    """Put weights and moments back to where `ref` was written. Collective.
+def _load(engine: Engine, claim: Claim, config: RunConfig, data: TrainingData) -> Snapshot:
+    """Put weights and moments back to where the checkpoint was written. Collective.
 
-    Raises UserError naming the keys where `ref` is of another model or other data.
+    Raises UserError naming the keys where it was trained on other data.
     """
+    ref = claim.resume
+    assert ref is not None
     engine.world.on_main(lambda: checkpoint.verify(ref))
-    model_changes = [line for line in changes if line.startswith("model.")]
-    cure = "set it back, give the run another name, or start it with train.init_from"
-    try:
-        snapshot = checkpoint.load(engine, ref, config.seed)
-    except (UserError, DataCorruption) as error:
-        if not model_changes:
-            raise
-        raise UserError(f"{ref.path}: is of another model ({'; '.join(model_changes)}); {cure}") from error
+    snapshot = checkpoint.load(engine, ref, config.seed)
     if snapshot.data_fingerprint != data.fingerprint:
-        keys = ("data.", "seed ", "batch.global_batch_size ", "batch.micro_batch_size ")
-        told = [line for line in changes if line.startswith(keys)] or [
-            f"fingerprint {snapshot.data_fingerprint[:12]} in the run, {data.fingerprint[:12]} here"]
-        raise UserError(f"{ref.path}: was trained on other data, order or batch size ({'; '.join(told)}); {cure}")
-    for line in model_changes:
-        if engine.world.is_main:
-            _log.warning("%s", line)
+        told = _told([change for change in claim.changes if change[0].startswith(_ORDER_KEYS)])
+        raise UserError(f"{ref.path}: was trained on other data, order or batch size ({told or _UNSEEN}); {_CURE}")
+    if engine.world.is_main and claim.changes:
+        _log.info("changed since the last start: %s", _told(claim.changes))
     return snapshot
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -17,6 +17,8 @@ _TOKEN_TYPES = 2
 
 class BaselineConfig(ModelConfig):
     """A Hugging Face body of the usual kind: the control of every claim at equal parameter count."""
+
+    changeable: ClassVar[frozenset[str]] = frozenset({"dropout", "initializer_range"})
 
     family: Literal["baseline"] = "baseline"
     body: Body = Field("llama", description="llama and gpt2 are causal language models, bert is an encoder")
