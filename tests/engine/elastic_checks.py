@@ -13,7 +13,7 @@ from pretrain.runfolder.publish import Manifest
 
 LOSS_RTOL = {"fp32": 1e-5, "bf16": 2e-4}
 """In bf16 a gradient that is summed in another order can round a weight to its neighbour, 2^-8 of it away; one such
-weight among many moves the loss by a small part of that. Gradients of one sample each mostly add up without rounding."""
+weight among many moves the loss by a small part of that. Gradients of single samples mostly add up without rounding."""
 STATE_RTOL = {"fp32": 1e-4, "bf16": 2**-8}
 """Relative to a tensor's largest element. AdamW divides by the root of the second moment, so that elements whose
 gradients are almost 0 carry much of the rounding into the weights."""
@@ -56,4 +56,4 @@ def assert_close_state(want_at: Path, have_at: Path, precision: str) -> None:
     assert have.keys() == want.keys()
     for key, value in want.items():
         difference, scale = float((have[key] - value).abs().max()), float(value.abs().max())
-        assert difference <= STATE_RTOL[precision] * scale, f"{key}: off by {difference:.3g}, largest element {scale:.3g}"
+        assert difference <= STATE_RTOL[precision] * scale, f"{key}: off by {difference:.3g}, largest {scale:.3g}"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from pretrain.engine.distributed import World
-from tests.engine import elastic_cases, shared_cases, toy
+from tests.engine import elastic_cases, feature_cases, shared_cases, toy
 from tests.engine.running import finish, run, start
 from tests.engine.world import main
 
@@ -81,7 +81,7 @@ CASES = {"bare_loop": bare_loop, "splits": shared_cases.splits, "contrastive": s
          "bf16": shared_cases.bf16, "resume": shared_cases.resume, "not_finite": shared_cases.not_finite,
          "frozen_and_buffers": shared_cases.frozen_and_buffers, "read_write": shared_cases.read_write,
          "evaluation_changes_nothing": evaluation_changes_nothing, "golden": golden,
-         "next_link": next_link, "undisturbed": elastic_cases.undisturbed}
+         "next_link": next_link, "undisturbed": elastic_cases.undisturbed, **feature_cases.CASES}
 
 if __name__ == "__main__":
     main(CASES)

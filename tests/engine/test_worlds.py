@@ -10,46 +10,11 @@ import pytest
 import torch
 
 from tests.engine import elastic_cases, elastic_checks
-from tests.engine.world import launch_cases
+from tests.engine.world import case
 
 STAGES = ("0", "1", "2", "3")
 GOLDEN = Path(__file__).parent / "golden.json"
-pytestmark = pytest.mark.launch
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of all launches: a later one resumes what an earlier one saved."""
-    return tmp_path_factory.mktemp("worlds")
-
-
-@pytest.fixture(scope="module")
-def four(base: Path) -> dict[str, Any]:
-    return launch_cases("tests.engine.four_ranks", 4, base / "four_ranks")
-
-
-@pytest.fixture(scope="module")
-def one(base: Path, four: dict[str, Any]) -> dict[str, Any]:
-    return launch_cases("tests.engine.one_rank", 1, base / "one_rank")
-
-
-@pytest.fixture(scope="module")
-def two(base: Path, one: dict[str, Any]) -> dict[str, Any]:
-    return launch_cases("tests.engine.two_ranks", 2, base / "two_ranks")
-
-
-@pytest.fixture(params=[1, 2], ids=["1 rank", "2 ranks"])
-def small(request: pytest.FixtureRequest, one: dict[str, Any], two: dict[str, Any]) -> dict[str, Any]:
-    return one if request.param == 1 else two
-
-
-def case(results: dict[str, Any], name: str) -> Any:
-    """A case's result; fails with the traceback of the rank where the case failed."""
-    assert name in results, f"{name} was not reached: an earlier case failed"
-    value = results[name]
-    if isinstance(value, dict) and "error" in value:
-        pytest.fail(value["error"])
-    return value
+pytestmark = [pytest.mark.launch, pytest.mark.timeout(900)]  # the first test of a chain pays for three launches
 
 
 def test_every_stage_equals_a_bare_pytorch_loop(one: dict[str, Any]) -> None:

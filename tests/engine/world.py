@@ -52,6 +52,15 @@ def launch_cases(module: str, nproc: int, folder: Path, timeout_s: float = 280.0
     return found
 
 
+def case(results: dict[str, Any], name: str) -> Any:
+    """A case's result; fails with the traceback of the rank where the case failed."""
+    assert name in results, f"{name} was not reached: an earlier case failed"
+    value = results[name]
+    if isinstance(value, dict) and "error" in value:
+        raise AssertionError(value["error"])
+    return value
+
+
 def main(cases: Mapping[str, Case]) -> None:
     """Entry of a rank: run every case in the same order on all ranks, write rank 0's results after each."""
     from pretrain.engine.distributed import join, shutdown

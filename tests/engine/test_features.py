@@ -1,0 +1,58 @@
+"""Single features of a run, from the one-rank launch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.engine.world import case
+
+pytestmark = pytest.mark.launch
+
+
+def test_deepspeed_files_train_with_plain_deepspeed(one: dict[str, Any]) -> None:
+    for stage, losses in case(one, "plain_deepspeed_json").items():
+        assert losses[2] < losses[0], stage
+
+
+def test_weights_and_nothing_else_travel_to_a_new_run(one: dict[str, Any]) -> None:
+    found = case(one, "init_from")
+    assert found["difference"] == 0.0
+    assert found["step"] == 0
+    assert "embed.weight is (64, 16)" in found["message"]
+    assert "(64, 8)" in found["message"]
+
+
+def test_deepspeed_does_what_was_written(one: dict[str, Any]) -> None:
+    found = case(one, "readback")
+    assert found.pop("changed") == ["gradient_clipping: asked 7.0, DeepSpeed uses 1.0"]
+    assert all(lines == [] for lines in found.values()), found
+
+
+def test_plateau_cuts_and_patience_ends(one: dict[str, Any]) -> None:
+    found = case(one, "plateau_and_patience")
+    assert (found["step"], found["factor"], found["best"]) == (12, 0.25, 2.0)
+    assert found["reason"] == "no improvement of val/loss in 4 evaluations"
+    assert found["best_steps"] == [2, 4]
+    assert found["pointer"] == 4
+
+
+def test_training_ends_at_the_target_perplexity(one: dict[str, Any]) -> None:
+    found = case(one, "target_perplexity")
+    assert found["step"] == 6
+    assert "7.389 reached 8" in found["reason"]
+
+
+def test_bad_updates_in_a_row_end_the_run_and_name_the_batches(one: dict[str, Any]) -> None:
+    found = case(one, "divergence")
+    assert found["code"] == 4
+    assert "batches 0 to 2" in found["message"]
+
+
+def test_retention_keeps_last_best_and_multiples(one: dict[str, Any]) -> None:
+    assert case(one, "retention") == [6, 8, 16, 18, 20]
+
+
+def test_a_profiler_trace_of_the_steps_asked_for(one: dict[str, Any]) -> None:
+    assert case(one, "profiler") == ["steps-3-4.rank0.json"]
