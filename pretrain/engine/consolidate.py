@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import logging
-import os
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
+from pretrain.engine.shards import open_shards
 from pretrain.errors import DataCorruption, UserError
 from pretrain.runfolder.layout import CheckpointRef, RunFolder
 from pretrain.runfolder.publish import MANIFEST, Manifest
 
-TAG = "deepspeed"
 _log = logging.getLogger("pretrain")
 
 
@@ -24,35 +21,20 @@ def load_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Parameters (fp32 masters; frozen ones as they are) and buffers of a checkpoint of any ZeRO stage, on the CPU.
 
     DeepSpeed's shards are pickles: they are read only after every file has been held to the checkpoint's manifest.
-    Tied parameters may appear under one of their names only. Raises DataCorruption naming the file that differs.
+    Tied parameters appear under one of their names only. Raises DataCorruption naming the file that differs.
     """
     manifest = Manifest.read(checkpoint)
     problems = manifest.verify(checkpoint, level="full")
     if problems:
         raise DataCorruption(problems[0])
-    weights = _unpartitioned(checkpoint) if manifest.stage == 0 else _partitioned(checkpoint)
+    shards = open_shards(checkpoint, manifest)
+    weights = {name: shards.whole(name) for name in shards.places}
     extra = load_file(checkpoint / "extra.safetensors")
     for key, value in extra.items():
         kind, _, name = key.partition("/")
         if kind in ("parameter", "buffer"):
             weights[name] = value
     return weights
-
-
-def _unpartitioned(checkpoint: Path) -> dict[str, torch.Tensor]:
-    states = torch.load(checkpoint / TAG / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
-    module: dict[str, torch.Tensor] = states["module"]
-    return {name: value.float() if value.is_floating_point() else value for name, value in module.items()}
-
-
-def _partitioned(checkpoint: Path) -> dict[str, torch.Tensor]:
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns on standard output that it found no other
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # it prints its progress and draws a bar
-        state: dict[str, torch.Tensor] = get_fp32_state_dict_from_zero_checkpoint(
-            str(checkpoint), tag=TAG, exclude_frozen_parameters=True)
-    return {name: value.clone() for name, value in state.items()}
 
 
 def find_checkpoint(path: Path) -> Path | None:

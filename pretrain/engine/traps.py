@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -68,15 +67,6 @@ def set_partitioned_master(parameter: torch.nn.Parameter, value: torch.Tensor) -
     partition.data[:own.numel()].copy_(own)
     if optimizer._swappable_optimizer_subgroup(group):
         optimizer._optimizer_states_and_gradient_swap_out(group)
-
-
-def own_step_tensors(optimizer: torch.optim.Optimizer, weight_decays: Iterable[float]) -> None:
-    """Mend a ZeRO-3 universal load, which shares one `step` tensor and gives all groups the first one's decay."""
-    for state in optimizer.state.values():
-        if torch.is_tensor(state.get("step")):
-            state["step"] = state["step"].clone()
-    for group, decay in zip(optimizer.param_groups, weight_decays, strict=True):
-        group["weight_decay"] = decay
 
 
 def quiet() -> None:

@@ -68,7 +68,9 @@ def make_run(config: RunConfig, *, step=3, fence=1, seed=0, controls=None):
     write_text_atomic(folder.config_file, dump_yaml(config))
     path = folder.final_checkpoint(step, fence).path
     (path / "deepspeed").mkdir(parents=True)
-    torch.save({"module": model.state_dict()}, path / "deepspeed" / "mp_rank_00_model_states.pt")
+    torch.save({"module": model.state_dict(), "optimizer": {"state": {}}, "global_steps": step,
+                "pretrain": {"optimizer_parameters": [[name for name, _ in model.named_parameters()]]}},
+               path / "deepspeed" / "mp_rank_00_model_states.pt")
     save_file({}, path / "extra.safetensors")
     batch = config.batch.resolve(1)
     probe = open_training(config, batch).samples(2)
