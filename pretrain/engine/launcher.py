@@ -137,7 +137,7 @@ class _Group:
         if number == signal.SIGINT:
             self.interrupts += 1
             if self.interrupts == 2:  # ranks leave at once; one that is stuck outside of Python cannot
-                self.deadline = min(self.deadline, time.monotonic() + _INTERRUPT_GRACE_S)
+                self.deadline = min(self.deadline, time.monotonic() + min(self.grace_s, _INTERRUPT_GRACE_S))
 
     def wait(self) -> int:
         """Wait for all ranks. Returns the code of the run."""

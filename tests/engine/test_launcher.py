@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -109,8 +108,9 @@ def test_ranks_learn_who_they_are_and_rank_0_inherits_the_rendezvous() -> None:
 
 @pytest.mark.parametrize(("codes", "expected"), [
     ((0, 0), ExitCode.DONE), ((85, 85), ExitCode.STOPPED), ((1, 85), ExitCode.STOPPED), ((0, 1), ExitCode.INTERNAL),
-    ((1, 3), ExitCode.CORRUPT), ((85, 3), ExitCode.CORRUPT), ((1, 130), ExitCode.INTERRUPTED), ((-9, 1), ExitCode.INTERNAL),
-    ((-9, 4), ExitCode.DIVERGED), ((-11, 0), ExitCode.INTERNAL), ((77, 0), ExitCode.INTERNAL), ((1, 2), ExitCode.USER)])
+    ((1, 3), ExitCode.CORRUPT), ((85, 3), ExitCode.CORRUPT), ((1, 130), ExitCode.INTERRUPTED),
+    ((-9, 1), ExitCode.INTERNAL), ((-9, 4), ExitCode.DIVERGED), ((-11, 0), ExitCode.INTERNAL),
+    ((77, 0), ExitCode.INTERNAL), ((1, 2), ExitCode.USER)])
 def test_the_code_that_says_most_is_returned(codes: tuple[int, int], expected: ExitCode) -> None:
     code = launch(ranks(f"""
         code = {codes}[rank]
@@ -136,7 +136,8 @@ def test_a_killed_rank_is_named_before_the_others_complain(capfd: pytest.Capture
 def test_a_signal_reaches_every_rank_once(sent: signal.Signals, received: str) -> None:
     with launched("""
         seen = []
-        answer(lambda number, frame: seen.append(signal.Signals(number).name), signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+        answer(lambda number, frame: seen.append(signal.Signals(number).name),
+               signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
         here()
         while not seen:
             time.sleep(0.01)
@@ -184,18 +185,16 @@ def test_ranks_that_end_within_the_grace_are_left_alone() -> None:
     assert Path("done-1").exists()
 
 
-def test_two_interrupts_end_even_ranks_that_cannot_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_interrupts_end_even_ranks_that_cannot_answer() -> None:
     with launched("""
         here()
         time.sleep(60)
-    """) as launcher:
-        started = time.monotonic()
+    """, grace_s=0.5) as launcher:
         launcher.send_signal(signal.SIGINT)
-        time.sleep(0.2)
+        time.sleep(1.0)
         assert launcher.poll() is None
         launcher.send_signal(signal.SIGINT)
         assert launcher.wait(15) == 130
-        assert 4 < time.monotonic() - started < 15
         assert all(gone(pid, 0.1) for pid in pids())
 
 
