@@ -56,13 +56,13 @@ def run_rank(loaded: LoadedConfig, own: RankEnvironment, signals: StopSignals, m
         claim = claim_run(loaded, world)
         console = setup_logging(log_level, claim.folder.log_file, world.rank)
         code = _train(loaded, world, claim, signals, make_evaluators, console)
-        if code is ExitCode.DONE and after is not None and world.is_main:
-            _afterwards(after, loaded)
     except Exception as error:
         failure = _failed(error, own.rank, world)
         code = failure.code
     if failure is None:
         _record(claim, code, "", "")
+        if code is ExitCode.DONE and after is not None and own.rank == 0:
+            _afterwards(after, loaded)
     else:
         _record(claim, code, f"error on rank {failure.rank}", failure.line)
         if world is not None:
