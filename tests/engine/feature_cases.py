@@ -31,24 +31,25 @@ class Scripted:
         return EvalResult({"val/loss": Metric(value, 1, False), "val/perplexity": Metric(math.exp(value), 1, False)})
 
 
-def plain_deepspeed_json(world: World, folder: Path) -> dict[str, Any]:
+def plain_deepspeed_json(world: World, folder: Path) -> dict[str, list[float]]:
     """Every file that needs no compiler trains with plain DeepSpeed, without a word of ours."""
+    return {str(stage): train_plainly(f"zero{stage}") for stage in range(4)}
+
+
+def train_plainly(name: str) -> list[float]:
+    """Three losses of a small model under `configs/deepspeed/NAME.json` alone."""
     import deepspeed
-    found = {}
-    for stage in range(4):
-        config = json.loads((configs_dir() / "deepspeed" / f"zero{stage}.json").read_text())
-        model = torch.nn.Linear(8, 1)
-        engine, *_ = deepspeed.initialize(model=model, config=config)
-        x = torch.ones(1, 8, dtype=next(model.parameters()).dtype)
-        losses = []
-        for _ in range(3):
-            loss = engine(x).float().square().sum()
-            engine.backward(loss)
-            engine.step()
-            losses.append(float(loss))
-        found[str(stage)] = losses
-        engine.destroy()
-    return found
+    config = json.loads((configs_dir() / "deepspeed" / f"{name}.json").read_text())
+    engine, *_ = deepspeed.initialize(model=torch.nn.Linear(8, 1), config=config)
+    x = torch.ones(1, 8, dtype=torch.bfloat16 if config.get("bf16", {}).get("enabled") else torch.float32)
+    losses = []
+    for _ in range(3):
+        loss = engine(x).float().square().sum()
+        engine.backward(loss)
+        engine.step()
+        losses.append(float(loss.detach()))
+    engine.destroy()
+    return losses
 
 
 def init_from(world: World, folder: Path) -> dict[str, Any]:

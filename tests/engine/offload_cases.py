@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from pretrain.config.presets import configs_dir
 from pretrain.engine.distributed import World
 from tests.engine import shared_cases
+from tests.engine.feature_cases import train_plainly
 from tests.engine.running import run
 from tests.engine.world import main
 
@@ -31,22 +28,7 @@ def losses(world: World, folder: Path) -> dict[str, list[float]]:
 
 def plain_json(world: World, folder: Path) -> dict[str, list[float]]:
     """The offload files with plain DeepSpeed."""
-    import deepspeed
-    found = {}
-    for stage in (2, 3):
-        config = json.loads((configs_dir() / "deepspeed" / f"zero{stage}-offload.json").read_text())
-        model = torch.nn.Linear(8, 1)
-        engine, *_ = deepspeed.initialize(model=model, config=config)
-        x = torch.ones(1, 8, dtype=torch.bfloat16)
-        values = []
-        for _ in range(3):
-            loss = engine(x).float().square().sum()
-            engine.backward(loss)
-            engine.step()
-            values.append(float(loss))
-        found[str(stage)] = values
-        engine.destroy()
-    return found
+    return {str(stage): train_plainly(f"zero{stage}-offload") for stage in (2, 3)}
 
 
 if __name__ == "__main__":
