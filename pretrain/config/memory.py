@@ -11,7 +11,7 @@ reduce bucket, a rank holds
 and beside them what comes and goes. *build*: the model in fp32 and its copy in partitions. *backward*: activations,
 logits, reduce buckets. *step*: a flat copy of the gradients and two temporaries of torch's AdamW (none when fused or on
 the host). The peak is the largest of the three. On a CPU the C library keeps freed activations and gathered weights for
-reuse, so they count in the step as well; the two constants for that are fitted to measurements
+reuse, so they count in the step as well; the constants for that are fitted to measurements
 (`benchmarks/estimate.py`). The processes' own libraries (about 0.6 GB a rank) and the CUDA context are not counted.
 """
 
@@ -32,6 +32,8 @@ _KEPT_ACTIVATIONS = 0.4
 """Bytes that a CPU process holds beside each byte of activations: the C library does not return all that is freed."""
 _KEPT_A_PARAMETER = 0.7
 """Further bytes a trainable parameter that it holds on a CPU."""
+_KEPT_ANYWAY = 64 * 2**20
+"""Bytes that it holds whatever the model: buffers of gloo and of the matrix products."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +167,9 @@ def _backward(s: _Sizes) -> Iterator[Term]:
     elif s.stage == 3:
         yield Term("communication copy", 4 * s.bucket, "4 B")
     else:
-        buffers = 2 if s.cpu else 3
+        # Communication overlaps on accelerators, with two buckets in turn. The copy that is sent comes once a bucket
+        # is full, when as much or more of the activations is gone.
+        buffers = 1 if s.cpu else 2
         yield Term("reduce buckets", 4 * s.bucket * buffers, f"{buffers} x 4 B")
     if s.stage == 2 and s.accumulates and s.element == 4:
         yield Term("gradients of the micro-batch", 4 * s.share, "4 P / W")
@@ -184,4 +188,5 @@ def _step(s: _Sizes, fused: bool) -> Iterator[Term]:
 def _slack(s: _Sizes, kept: int, formula: str = "") -> Iterator[Term]:
     """Memory that the C library holds on a CPU after it was freed."""
     if s.cpu:
-        yield Term("kept by the allocator", kept + round(_KEPT_A_PARAMETER * s.trainable), f"{formula}0.7 P")
+        held = kept + round(_KEPT_A_PARAMETER * s.trainable) + _KEPT_ANYWAY
+        yield Term("kept by the allocator", held, f"{formula}0.7 P + 64 MiB")

@@ -58,15 +58,15 @@ def test_memory_of_zero_2_in_fp32_term_by_term(base, monkeypatch):
     assert terms(plan, "step") == {
         "weights": 480 * M, "master weights": 100 * M, "Adam moments": 200 * M, "gradients": 100 * M,
         "flat gradients": 100 * M, "AdamW temporaries": 200 * M,
-        "kept by the allocator": round(1.4 * 200 * 16 * 16) + 70 * M}
+        "kept by the allocator": round(1.4 * 200 * 16 * 16) + 70 * M + 2**26}
     assert terms(plan, "backward") == {
         "weights": 480 * M, "master weights": 100 * M, "Adam moments": 200 * M, "gradients": 100 * M,
-        "activations": 200 * 16 * 16, "logits and their gradient": 2 * 200 * 100 * 4, "reduce buckets": 400 * M,
-        "kept by the allocator": round(0.4 * 200 * 16 * 16) + 70 * M}
+        "activations": 200 * 16 * 16, "logits and their gradient": 2 * 200 * 100 * 4, "reduce buckets": 200 * M,
+        "kept by the allocator": round(0.4 * 200 * 16 * 16) + 70 * M + 2**26}
     assert terms(plan, "build") == {"weights as built": 480 * M, "flat copy of weights": 480 * M,
-                                    "kept by the allocator": 70 * M}
-    assert plan.memory.peak == "backward"
-    assert plan.memory.device_bytes == sum(terms(plan, "backward").values())
+                                    "kept by the allocator": 70 * M + 2**26}
+    assert plan.memory.peak == "step"
+    assert plan.memory.device_bytes == sum(terms(plan, "step").values())
 
 
 def test_memory_of_zero_3_in_bf16_on_a_gpu_with_offload(base, monkeypatch):
