@@ -106,12 +106,11 @@ def _parent_path(parent: str, child: Path, place: str) -> Path:
 
 def dump_yaml(config: Section | LoadedConfig, with_origins: bool = True) -> str:
     """A config as YAML that loads to an equal one; with origins as comments where they are known."""
-    loaded = isinstance(config, LoadedConfig)
     values = config.values if isinstance(config, LoadedConfig) else plain(config)
     origins = config.origins if isinstance(config, LoadedConfig) and with_origins else {}
     lines = list(_lines(values, (), origins))
     width = min(60, max((len(text) for text, origin in lines if origin), default=0))
-    return "".join(f"{text:<{width}}  # {origin}\n" if loaded and origin else f"{text}\n" for text, origin in lines)
+    return "".join(f"{text:<{width}}  # {origin}\n" if origin else f"{text}\n" for text, origin in lines)
 
 
 def _lines(values: Mapping[str, Any], path: Key, origins: Mapping[str, str]) -> Iterator[tuple[str, str]]:
