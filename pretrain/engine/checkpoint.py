@@ -199,12 +199,12 @@ def load(engine: Engine, ref: CheckpointRef, seed: int) -> Snapshot:
 def _announce(engine: Engine, manifest: Manifest, ref: CheckpointRef) -> bool:
     """Log what differs between the run that wrote and this one. True where nothing does."""
     world = engine.world
-    written = f"{manifest.world} ranks, ZeRO stage {manifest.stage}, {manifest.dtype}"
-    here = f"{world.size} ranks, ZeRO stage {engine.stage}, {engine.precision}"
+    written = f"world size {manifest.world}, ZeRO stage {manifest.stage}, {manifest.dtype}"
+    here = f"world size {world.size}, ZeRO stage {engine.stage}, {engine.precision}"
     if world.is_main and written != here:
-        _log.info("%s was written by %s; %s take over its weights and optimizer state", ref.path, written, here)
+        _log.info("%s was written at %s; its weights and optimizer state are taken over at %s", ref.path, written, here)
     if world.is_main and manifest.world != world.size:
-        _log.info("random state of %d ranks does not fit %d: generators are seeded from (seed, rank, batch %d), and "
+        _log.info("random generators of %d ranks do not fit %d: they are seeded from (seed, rank, batch %d), and "
                   "dropout differs from an undisturbed run's", manifest.world, world.size, manifest.k)
     if world.is_main and manifest.dtype != engine.precision:
         _log.warning("precision changes from %s to %s: losses go on near the former ones, not equal to them",

@@ -20,9 +20,9 @@ LLAMA: dict[str, Any] = {"family": "baseline", "body": "llama", "vocab_size": 67
 LINK_STEPS = 10
 
 
-def sections(model: dict[str, Any], precision: str, stage: int, length: int) -> dict[str, Any]:
-    """Config of a link; the micro-batch is 1 so that every world size accumulates another number of times."""
-    return {"model": model, "data": UNEVEN, "batch": {"global_batch_size": 8, "micro_batch_size": 1},
+def sections(model: dict[str, Any], precision: str, stage: int, length: int, micro_batch: int = 1) -> dict[str, Any]:
+    """Config of a link; every world size accumulates another number of times."""
+    return {"model": model, "data": UNEVEN, "batch": {"global_batch_size": 8, "micro_batch_size": micro_batch},
             "train": {"length": f"{length} steps"}, "checkpoint": {"keep_last": 9},
             "engine": {"zero_stage": stage, "precision": precision}}
 
@@ -64,9 +64,9 @@ def begin(world: World, folder: Path, name: str, model: dict[str, Any], precisio
 
 
 def go_on(world: World, folder: Path, name: str, model: dict[str, Any], precision: str, stage: int, length: int,
-          steps: int = LINK_STEPS) -> dict[str, Any]:
+          steps: int = LINK_STEPS, micro_batch: int = 1) -> dict[str, Any]:
     """Resume the run in `folder`, save at once (nothing but the layout may change), train on and save again."""
-    trainer = start(world, folder, name, **sections(model, precision, stage, length))
+    trainer = start(world, folder, name, **sections(model, precision, stage, length, micro_batch))
     begun = trainer.state.step
     advance(trainer, begun)
     facts = world.gather_objects(optimizer_facts(trainer))
