@@ -43,6 +43,8 @@ def train(config: ConfigArgument = None, preset: PresetOption = None, *, sets: S
         loaded.config.batch.resolve(settings.nproc)
         command = worker_command("pretrain.cli.main", *sys.argv[1:])
         raise typer.Exit(launch(command, settings.nproc, port=settings.port, threads=settings.threads))
+    if log_level is not LogLevel.DEBUG:  # read when torch is imported: where a rank dies, the others print C++ frames
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from pretrain.engine.run import run_rank
     run_rank(loaded, own, signals, evaluators, log_level=log_level.value, after=report)
 

@@ -25,8 +25,9 @@ from pretrain.engine.traps import quiet, skip_op_probing
 from pretrain.errors import ExitCode, PretrainError, UserError
 
 T = TypeVar("T")
+_FAILURE = "failure"
 _STORE_TIMEOUT = datetime.timedelta(seconds=10)
-_RECORD_WAIT = datetime.timedelta(seconds=2)
+_RECORD_WAIT_S = 2.0
 _log = logging.getLogger("pretrain")
 
 
@@ -127,19 +128,26 @@ class World:
         mine = Failure(self.rank, code, line)
         try:
             self.store.set_timeout(_STORE_TIMEOUT)
-            told = self.store.compare_set("failure", "", json.dumps([mine.rank, int(mine.code), mine.line]))
+            return Failure.parse(self.store.compare_set(_FAILURE, "", mine.text))
         except (dist.DistError, RuntimeError):
             return None
-        rank, number, line = json.loads(told)
-        return Failure(rank, ExitCode(number), line)
+
+    def known_failure(self) -> Failure | None:
+        """What a rank that failed told, if one did. Not collective."""
+        try:
+            self.store.set_timeout(_STORE_TIMEOUT)
+            return Failure.parse(self.store.get(_FAILURE)) if self.store.check([_FAILURE]) else None
+        except (dist.DistError, RuntimeError):
+            return None
 
     def recorded(self) -> None:
         """Rank 0 has written the verdict down; the others wait a moment for that, as srun may kill it once one ends."""
+        deadline = time.monotonic() + _RECORD_WAIT_S
         with contextlib.suppress(dist.DistError, RuntimeError):
             if self.is_main:
                 self.store.set("recorded", "")
-            else:
-                self.store.wait(["recorded"], _RECORD_WAIT)
+            while not self.store.check(["recorded"]) and time.monotonic() < deadline:
+                time.sleep(0.02)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +157,17 @@ class Failure:
     rank: int
     code: ExitCode
     line: str
+
+    @property
+    def text(self) -> str:
+        """As it stands in the store."""
+        return json.dumps([self.rank, int(self.code), self.line])
+
+    @classmethod
+    def parse(cls, text: bytes) -> Failure:
+        """The inverse of `text`."""
+        rank, code, line = json.loads(text)
+        return cls(rank, ExitCode(code), line)
 
 
 Told = tuple[int, str]
@@ -204,16 +223,19 @@ def _meet(own: RankEnvironment, timeout_s: float) -> dist.Store:
     deadline = time.monotonic() + timeout_s
     timeout = datetime.timedelta(seconds=timeout_s)
     fd = os.environ.pop(LISTEN_FD, None)
+    hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:
-        store = dist.TCPStore(own.master_addr, own.master_port, own.world_size, is_master=own.rank == 0,
-                              timeout=timeout, wait_for_workers=False,
-                              master_listen_fd=int(fd) if fd is not None else None)
+        store: dist.Store = dist.TCPStore(own.master_addr, own.master_port, own.world_size, timeout=timeout,
+                                          is_master=own.rank == 0 and not hosted, wait_for_workers=False,
+                                          master_listen_fd=int(fd) if fd is not None else None)
     except (dist.DistNetworkError, dist.DistStoreError, RuntimeError) as error:
         if own.rank == 0 and ("in use" in str(error) or "EADDRINUSE" in str(error)):
             raise UserError(f"port {own.master_port} on {own.master_addr} is in use; set launch.port or MASTER_PORT to "
                             "another one") from None
         raise UserError(f"rank {own.rank} on {socket.gethostname()} cannot reach rank 0 at {own.master_addr}:"
                         f"{own.master_port} within {timeout_s:.0f} s") from None
+    if hosted:  # torchrun's own store, which outlives a restart of its workers
+        store = dist.PrefixStore(f"pretrain/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     store.set(f"here/{own.rank}", f"{socket.gethostname()}:{os.getpid()}")
     if own.rank == 0:
         missing = set(range(own.world_size))

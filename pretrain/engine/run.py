@@ -42,9 +42,12 @@ def run_rank(loaded: LoadedConfig, own: RankEnvironment, signals: StopSignals, m
     code = ExitCode.INTERNAL
 
     def leave_early() -> None:
-        line = f"stopped before the first step ({signals.reason}); the same command starts again"
+        told = world.known_failure() if world is not None else None
+        if told is not None:  # torchrun and srun end the others with a signal once one rank has failed
+            _record(claim, told.code, f"error on rank {told.rank}", told.line)
+            shutdown(told.code)
         if own.rank == 0:
-            print(line, file=sys.stderr)
+            print(f"stopped before the first step ({signals.reason}); the same command starts again", file=sys.stderr)
         _record(claim, ExitCode.STOPPED, signals.reason, "")
         shutdown(ExitCode.STOPPED)
 
@@ -82,6 +85,7 @@ def _train(loaded: LoadedConfig, world: World, claim: Claim, signals: StopSignal
             code = trainer.train()
         finally:
             trainer.loader.close()
+            trainer.keeper.close()
             if trainer.reporter.progress is not None:
                 trainer.reporter.progress.close()
             if trainer.reporter.writer is not None:
@@ -99,23 +103,25 @@ def _failed(error: Exception, rank: int, world: World | None) -> Failure:
     traceback of their own.
     """
     known = isinstance(error, PretrainError)
-    mine = Failure(rank, error.code if isinstance(error, PretrainError) else ExitCode.INTERNAL,
-                   str(error) if known else f"{type(error).__name__}: {error}")
-    _log.error("%s", mine.line, exc_info=None if known else error, extra={"console": False})
+    line = str(error) if known else f"{type(error).__name__}: {error}"
+    lost = not known and _LOST_PEER.search(line) is not None
+    if lost:
+        line = f"rank {rank} lost its connection to another rank"
+    mine = Failure(rank, error.code if isinstance(error, PretrainError) else ExitCode.INTERNAL, line)
+    _log.error("%s", line, exc_info=None if known else error, extra={"console": False})
     if isinstance(error, PretrainError) and error.agreed:
         if rank == 0:
-            print(f"error: {mine.line}", file=sys.stderr)
+            print(f"error: {line}", file=sys.stderr)
         return mine
-    first = world.first_failure(mine.line, mine.code) if world is not None else mine
-    if known:
-        if first is None or first.rank == rank or first.line != mine.line:
-            print(f"error: {mine.line}", file=sys.stderr)
-    elif first is None or first.rank != rank:
-        print(f"rank {rank} ends: rank {first.rank if first else 0} has failed", file=sys.stderr)
-    elif _LOST_PEER.search(mine.line):
-        print(f"error: rank {rank} lost its connection to another rank", file=sys.stderr)
-    else:
+    first = world.first_failure(line, mine.code) if world is not None else mine
+    own = first is not None and first.rank == rank
+    if known or (own and lost):
+        if own or first is None or first.line != line:
+            print(f"error: {line}", file=sys.stderr)
+    elif own:
         print(f"rank {rank}: {''.join(traceback.format_exception(error))}", file=sys.stderr)
+    else:
+        print(f"rank {rank} ends: rank {first.rank if first else 0} has failed", file=sys.stderr)
     return first or mine
 
 
@@ -133,7 +139,7 @@ def _record(claim: Claim | None, code: ExitCode, reason: str, message: str) -> N
         return
     status: Status = claim.status or Status(fence=claim.lease.fence)
     with contextlib.suppress(OSError, PretrainError):
-        status.ended(code, reason or status.reason, message).write(claim.folder)
+        status.ended(code, reason or status.reason, message or status.message).write(claim.folder)
     with contextlib.suppress(OSError, PretrainError):
         claim.lease.release()
 
