@@ -17,10 +17,10 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field, PrivateAttr, ValidationError
+from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from data_prep.files import canonical_json, write_atomic
-from data_prep.index import index_bytes, index_path
+from data_prep.index import LAYOUTS, IndexLayout, index_bytes, index_path
 from pretrain.config.model import Section
 from pretrain.config.suggest import nearest
 from pretrain.errors import DataCorruption, UserError
@@ -31,7 +31,9 @@ MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 SHARD_TABLE = np.dtype([("first_token", "<u8"), ("tokens", "<u8"), ("bytes", "<u8"), ("name_id", "<u8"),
                         ("sha256", "u1", (32,))])
-"""One row a shard: position of its first token in the split, tokens, bytes of the tar, number in its name, its hash."""
+"""One row a shard: position of its first token in the split, tokens, bytes of the tar, number in its name, its hash.
+
+In a dataset of pairs `first_token` and `tokens` count pairs."""
 _SPLIT_NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
@@ -52,14 +54,32 @@ def write_table(folder: Path, split: str, table: npt.NDArray[Any]) -> tuple[str,
     return name, write_atomic(folder / name, table.tobytes())
 
 
+def shard_table(rows: list[tuple[int, int, int, int, bytes]]) -> npt.NDArray[Any]:
+    """[shards] `SHARD_TABLE` of (first item, items, bytes of the tar, number in its name, SHA-256 digest)."""
+    table = np.zeros(len(rows), SHARD_TABLE)
+    for row, (first, items, size, name_id, digest) in zip(table, rows, strict=True):
+        row["first_token"], row["tokens"], row["bytes"], row["name_id"] = first, items, size, name_id
+        row["sha256"] = np.frombuffer(digest, "u1")
+    return table
+
+
 class SplitRecord(Section):
     """A split's entry in the manifest."""
 
-    tokens: int = Field(ge=0, description="tokens, the end-of-text token of each document included")
-    docs: int = Field(ge=0, description="documents")
-    bytes: int = Field(ge=0, description="UTF-8 bytes of the documents' text")
+    tokens: int = Field(ge=0, description="tokens, those that end documents included; of pairs: of all texts")
+    docs: int = Field(ge=0, description="documents, or pairs")
+    bytes: int = Field(ge=0, description="UTF-8 bytes of their text")
     table: str = Field(pattern=r"^[a-z][a-z0-9_]*\.shards\.bin$", description="file name of the table of shards")
     table_sha256: str = Field(pattern="^[0-9a-f]{64}$", description="SHA-256 of that file")
+
+
+class PairsRecord(Section):
+    """How the texts of a dataset of pairs are stored, and what a loader puts around them."""
+
+    block_pairs: int = Field(ge=1, description="pairs of every block but a split's last")
+    prefix_ids: list[int] = Field(description="ids before each text, which shards leave out ([CLS])")
+    suffix_ids: list[int] = Field(description="ids after each text, which shards leave out ([SEP], end of text)")
+    pad_id: int = Field(ge=0, description="id that fills up a row")
 
 
 @dataclass(frozen=True)
@@ -74,6 +94,9 @@ class Split:
     docs: int
     bytes: int
     block_tokens: int
+    """Tokens of every block but the last; 0 in a dataset of pairs."""
+    block_pairs: int = 0
+    """Pairs of every block but the last; 0 in a dataset of documents."""
 
     @property
     def n_shards(self) -> int:
@@ -82,11 +105,11 @@ class Split:
 
     @property
     def n_blocks(self) -> int:
-        """Blocks of this split; block i begins at token i * block_tokens."""
-        return -(-self.tokens // self.block_tokens)
+        """Blocks of this split; block i begins at token i * block_tokens, or pair i * block_pairs."""
+        return -(-self.docs // self.block_pairs) if self.block_pairs else -(-self.tokens // self.block_tokens)
 
     def shard_of(self, token_position: int) -> int:
-        """The shard that holds a token of the split's contiguous stream. Raises IndexError outside of it."""
+        """The shard that holds a token of a split of documents. Raises IndexError outside of the split."""
         if not 0 <= token_position < self.tokens:
             raise IndexError(f"split {self.name} has tokens 0 to {self.tokens - 1}, asked for {token_position}")
         return int(np.searchsorted(self.table["first_token"], token_position, side="right")) - 1
@@ -102,7 +125,9 @@ class Manifest(Section):
     format: Literal[1] = 1
     tokenizer_sha256: str | None = Field(description="SHA-256 of tokenizer.json; null: ids without a tokenizer")
     dtype: Literal["<u2", "<u4"] = Field(description="type of the tokens")
-    block_tokens: int = Field(ge=1, description="tokens of every block but a split's last")
+    kind: Literal["documents", "pairs"] = Field("documents", description="what a sample of the shards is made of")
+    block_tokens: int = Field(ge=0, description="tokens of every block but a split's last; 0 for pairs")
+    pairs: PairsRecord | None = Field(None, description="null for documents")
     eos_id: int = Field(ge=0, description="id that ends each document")
     vocab_size: int = Field(ge=1, description="ids are below this")
     splits: dict[str, SplitRecord]
@@ -118,8 +143,27 @@ class Manifest(Section):
     def fingerprint(self) -> str:
         """SHA-256 of the canonical JSON without paths. The tables' hashes are in it, so the content is covered."""
         stated = self.model_dump(mode="json")
+        if self.kind == "documents":
+            del stated["kind"], stated["pairs"]  # which fingerprints of documents are older than
         stated["provenance"] = {k: v for k, v in self.provenance.items() if k != "paths"}
         return hashlib.sha256(canonical_json(stated)).hexdigest()
+
+    @model_validator(mode="after")
+    def _block_of_its_kind(self) -> Manifest:
+        if (self.kind == "pairs") != (self.pairs is not None) or (self.kind == "pairs") == (self.block_tokens > 0):
+            raise ValueError(f"kind {self.kind} does not go with block_tokens {self.block_tokens}, pairs {self.pairs}")
+        return self
+
+    @property
+    def layout(self) -> IndexLayout:
+        """What the sidecars of the shards look like."""
+        return LAYOUTS[self.kind]
+
+    def require(self, kind: Literal["documents", "pairs"]) -> None:
+        """Raise UserError, naming the kind of source that reads this dataset, where it does not hold `kind`."""
+        if self.kind != kind:
+            source = {"documents": "shards", "pairs": "pairs"}[self.kind]
+            raise UserError(f"{self.folder}: holds {self.kind}, not {kind}; it is read by a source of kind: {source}")
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -177,14 +221,17 @@ class Manifest(Section):
 
     def _size_problems(self, name: str, record: SplitRecord) -> list[str]:
         split = self.split(name)
-        if int(split.table["tokens"].sum()) != record.tokens:
-            return [f"{self.folder / record.table}: {int(split.table['tokens'].sum())} tokens, "
-                    f"{MANIFEST} says {record.tokens}"]
+        items, block_items = ((record.tokens, self.block_tokens) if self.pairs is None
+                              else (record.docs, self.pairs.block_pairs))
+        if int(split.table["tokens"].sum()) != items:
+            return [f"{self.folder / record.table}: {int(split.table['tokens'].sum())} {self.layout.items}, "
+                    f"{MANIFEST} says {items}"]
         found = []
         for shard in range(split.n_shards):
             tar = split.tar_path(shard)
-            blocks = -(-int(split.table[shard]["tokens"]) // self.block_tokens)
-            for path, size in ((tar, int(split.table[shard]["bytes"])), (index_path(tar), index_bytes(blocks))):
+            blocks = -(-int(split.table[shard]["tokens"]) // block_items)
+            sizes = ((tar, int(split.table[shard]["bytes"])), (index_path(tar), index_bytes(blocks, self.layout)))
+            for path, size in sizes:
                 try:
                     actual = path.stat().st_size
                 except OSError as error:
@@ -203,7 +250,8 @@ class Manifest(Section):
         path = self.folder / record.table
         size = path.stat().st_size
         table = np.memmap(path, SHARD_TABLE, "r") if size else np.zeros(0, SHARD_TABLE)  # nothing to map in 0 bytes
-        return Split(name, self.folder, table, record.tokens, record.docs, record.bytes, self.block_tokens)
+        return Split(name, self.folder, table, record.tokens, record.docs, record.bytes, self.block_tokens,
+                     self.pairs.block_pairs if self.pairs else 0)
 
 
 def _hash_problem(path: Path, expected: str, likely: str) -> list[str]:

@@ -13,21 +13,19 @@ the three payloads inside the tar, so that a reader maps the tar and takes slice
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
 import mmap
-import tarfile
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from data_prep.files import canonical_json, publish, temporary_name
-from data_prep.index import INDEX_HEADER, INDEX_MAGIC, INDEX_ROW, index_path, read_index
-from data_prep.manifest import SHARD_TABLE, SplitRecord, shard_name, write_table
+from data_prep.files import canonical_json
+from data_prep.index import DOCUMENTS, IndexLayout, index_path, read_index
+from data_prep.manifest import SplitRecord, shard_name, shard_table, write_table
+from data_prep.tar import OpenShard
 from pretrain.errors import DataCorruption
 from pretrain.runfolder.publish import fsync, hash_file
 
@@ -60,7 +58,7 @@ class ShardWriter:
         self._doc_rows: list[tuple[int, int, int, int, int]] = []
         self._prov_lines: list[bytes] = []
         self._blocks = self._tokens = self._docs = self._bytes = 0
-        self._shard: _OpenShard | None = None
+        self._shard: OpenShard | None = None
         self._table: list[tuple[int, int, int, int, bytes]] = []
 
     def push(self, tokens: npt.NDArray[Any], *, utf8_bytes: int, source: int, doc_hash: int,
@@ -97,10 +95,15 @@ class ShardWriter:
 
     def _write_block(self) -> None:
         if self._shard is None:
-            self._shard = _OpenShard(self.folder / shard_name(self.split, len(self._table)), self._block.itemsize)
+            self._shard = OpenShard(self.folder / shard_name(self.split, len(self._table)), DOCUMENTS,
+                                    self._block.itemsize)
         docs = np.array(self._doc_rows, "<i8").reshape(-1, 5)
-        self._shard.add_block(f"{self.split}-{self._blocks:012d}", self._block[:self._fill], docs,
-                              b"".join(self._prov_lines))
+        key, provenance = f"{self.split}-{self._blocks:012d}", b"".join(self._prov_lines)
+        self._shard.add_row({
+            "tokens": self._fill, "docs": len(docs), "prov_bytes": len(provenance),
+            "tokens_offset": self._shard.add_array(f"{key}.tokens.npy", self._block[:self._fill]),
+            "docs_offset": self._shard.add_array(f"{key}.docs.npy", docs),
+            "prov_offset": self._shard.add_member(f"{key}.prov.jsonl", provenance)})
         self._blocks += 1
         self._tokens += self._fill
         self._fill = 0
@@ -121,11 +124,7 @@ class ShardWriter:
             self._write_block()
         if self._shard is not None:
             self._finish_shard()
-        table = np.zeros(len(self._table), SHARD_TABLE)
-        for row, (first, tokens, size, name_id, digest) in zip(table, self._table, strict=True):
-            row["first_token"], row["tokens"], row["bytes"], row["name_id"] = first, tokens, size, name_id
-            row["sha256"] = np.frombuffer(digest, "u1")
-        file_name, table_sha256 = write_table(self.folder, self.split, table)
+        file_name, table_sha256 = write_table(self.folder, self.split, shard_table(self._table))
         fsync(self.folder)
         self.record = SplitRecord(tokens=self._tokens, docs=self._docs, bytes=self._bytes, table=file_name,
                                   table_sha256=table_sha256)
@@ -140,74 +139,6 @@ class ShardWriter:
             self.close()
         elif self._shard is not None:
             self._shard.abandon()
-
-
-class _OpenShard:
-    """One tar and its index while they are written under temporary names."""
-
-    def __init__(self, path: Path, token_bytes: int) -> None:
-        self.path, self.token_bytes = path, token_bytes
-        self.tokens = 0
-        self._rows: list[tuple[int, ...]] = []
-        self._offset = 0
-        self._hash = hashlib.sha256()
-        self._file: IO[bytes] = temporary_name(path).open("wb")
-
-    @property
-    def blocks(self) -> int:
-        return len(self._rows)
-
-    def add_block(self, key: str, tokens: npt.NDArray[Any], docs: npt.NDArray[np.int64], provenance: bytes) -> None:
-        """Write the three members of a block."""
-        tokens_end = self._add_member(f"{key}.tokens.npy", _npy(tokens))
-        docs_end = self._add_member(f"{key}.docs.npy", _npy(docs))
-        prov_end = self._add_member(f"{key}.prov.jsonl", provenance)
-        self._rows.append((tokens_end - tokens.nbytes, len(tokens), docs_end - docs.nbytes, len(docs),
-                           prov_end - len(provenance), len(provenance)))
-        self.tokens += len(tokens)
-
-    def _add_member(self, name: str, content: bytes) -> int:
-        """Write one member and return the offset of the end of its content."""
-        info = tarfile.TarInfo(name)
-        info.size, info.mode = len(content), 0o644
-        header = info.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict")
-        end = self._offset + len(header) + len(content)
-        self._write(header + content + bytes(-len(content) % tarfile.BLOCKSIZE))
-        return end
-
-    def _write(self, content: bytes) -> None:
-        self._file.write(content)
-        self._hash.update(content)
-        self._offset += len(content)
-
-    def close(self) -> tuple[int, bytes, int]:
-        """Publish the tar and its index. Returns the tar's bytes and SHA-256 and the number of tokens in it."""
-        end = self._offset + 2 * tarfile.BLOCKSIZE
-        self._write(bytes(2 * tarfile.BLOCKSIZE + -end % tarfile.RECORDSIZE))
-        digest = self._hash.digest()
-        rows = np.array(self._rows, INDEX_ROW)
-        header = np.zeros((), INDEX_HEADER)
-        header["magic"], header["blocks"], header["token_bytes"] = INDEX_MAGIC, len(rows), self.token_bytes
-        header["tar_bytes"], header["tar_sha256"] = self._offset, np.frombuffer(digest, "u1")
-        header["rows_sha256"] = np.frombuffer(hashlib.sha256(rows.tobytes()).digest(), "u1")
-        index = index_path(self.path)
-        with temporary_name(index).open("wb") as file:
-            file.write(header.tobytes() + rows.tobytes())
-            publish(file, index)
-        publish(self._file, self.path)
-        return self._offset, digest, self.tokens
-
-    def abandon(self) -> None:
-        """Remove the unfinished tar."""
-        self._file.close()
-        temporary_name(self.path).unlink(missing_ok=True)
-
-
-def _npy(array: npt.NDArray[Any]) -> bytes:
-    """The array as an npy file, version 1.0."""
-    buffer = io.BytesIO()
-    np.lib.format.write_array(buffer, array, version=(1, 0), allow_pickle=False)
-    return buffer.getvalue()
 
 
 class ShardReader:
@@ -264,8 +195,8 @@ class ShardReader:
         return [json.loads(line) for line in self._map[start:start + size].splitlines()]
 
 
-def verify_shard(path: Path, row: np.void) -> str | None:
-    """Hash the shard at `path` against its row of the split's table; also its index.
+def verify_shard(path: Path, row: np.void, layout: IndexLayout = DOCUMENTS) -> str | None:
+    """Hash the shard at `path` against its row of the split's table; also its index, which has this layout.
 
     Returns what is wrong in one line that names the file, or None.
     """
@@ -280,9 +211,9 @@ def verify_shard(path: Path, row: np.void) -> str | None:
     if digest != expected.hex():
         return f"{path}: SHA-256 is {digest[:16]}..., the table says {expected.hex()[:16]}... (changed bytes)"
     try:
-        header, rows = read_index(index_path(path))
+        header, rows = read_index(index_path(path), layout)
     except DataCorruption as error:
         return str(error)
-    if header["tar_sha256"].tobytes() != expected or int(rows["tokens"].sum()) != int(row["tokens"]):
-        return f"{index_path(path)}: index of another shard (its tar's SHA-256 or token count differs)"
+    if header["tar_sha256"].tobytes() != expected or int(rows[layout.items].sum()) != int(row["tokens"]):
+        return f"{index_path(path)}: index of another shard (its tar's SHA-256 or number of {layout.items} differs)"
     return None

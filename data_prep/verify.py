@@ -49,10 +49,10 @@ def verify_dataset(folder: Path, sample: float = 1.0, seed: int = 0) -> Report:
         split = manifest.split(name)
         drawn = rng.permutation(split.n_shards)[:int(np.ceil(sample * split.n_shards))]
         paths = [(split.tar_path(int(i)), split.table[i]) for i in np.sort(drawn)]
-        todo += [(path, row) for path, row in paths if str(path) not in named]
+        todo += [(path, row, manifest.layout) for path, row in paths if str(path) not in named]
     with ThreadPoolExecutor(available_cores()) as pool:
-        faults += [fault for fault in pool.map(lambda pair: verify_shard(*pair), todo) if fault is not None]
-    return Report(faults, len(todo), sum(int(row["bytes"]) for _, row in todo))
+        faults += [fault for fault in pool.map(lambda shard: verify_shard(*shard), todo) if fault is not None]
+    return Report(faults, len(todo), sum(int(row["bytes"]) for _, row, _ in todo))
 
 
 def _token_bytes_faults(folder: Path) -> list[str]:

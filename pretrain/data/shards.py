@@ -64,6 +64,7 @@ class ShardSource:
             UserError: no such split, or one shorter than a window.
             DataCorruption: with full verification, the first shard whose hash is not the recorded one.
         """
+        manifest.require("documents")
         self.manifest = manifest
         self.split: Split = manifest.split(split)
         self.seq_len, self.stride, self.document_masking = seq_len, stride or seq_len, document_masking
