@@ -27,6 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "config": ("pretrain.cli.config:app", "Show, compare and describe configs."),
     "doctor": ("pretrain.cli.doctor:doctor", "What this machine can do; collect what a bug report needs."),
     "runs": ("pretrain.cli.runs:app", "List runs."),
+    "backup": ("pretrain.cli.backup:backup", "Copy a run to another disk, proven by hashes."),
     "control": ("pretrain.cli.control:control", "Ask a run to save, stop, evaluate or reload its learning rate."),
     "demo": ("pretrain.cli.demo:demo", "The whole way on this machine: prepare, train, evaluate, export, report."),
 }

@@ -103,6 +103,13 @@ class EngineConfig(Section):
     deepspeed: dict[str, Any] = Field(default_factory=dict, description="further DeepSpeed keys; no contradictions")
 
 
+class MirrorConfig(Section):
+    """A second copy of checkpoints, on another disk; made in the background, never in the way of training."""
+
+    path: str = Field(description="folder; the copy of the run is PATH/NAME")
+    every: int = Field(1, ge=1, description="copy every so many saves")
+
+
 class CheckpointConfig(Section):
     """When to save and what to keep."""
 
@@ -110,6 +117,7 @@ class CheckpointConfig(Section):
     keep_last: int = Field(3, ge=1, description="newest checkpoints kept")
     keep_best: int = Field(1, ge=0, description="checkpoints kept for being best on validation")
     keep_every: Interval | None = Field(None, description="checkpoints at multiples of this are kept for good")
+    mirror: MirrorConfig | None = Field(None, description="copy of checkpoints to a second folder; null: none")
 
 
 class EvalConfig(Section):

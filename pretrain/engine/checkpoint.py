@@ -163,13 +163,6 @@ def _hash_own(temporary: Path, rank: int, world_size: int) -> dict[str, str]:
     return mine
 
 
-def verify(ref: CheckpointRef) -> None:
-    """Check every file against the manifest. Raises DataCorruption naming the first that differs."""
-    problems = Manifest.read(ref.path).verify(ref.path, level="full")
-    if problems:
-        raise DataCorruption(f"{ref.path}: {problems[0]}")
-
-
 @torch.no_grad()
 def load(engine: Engine, ref: CheckpointRef, seed: int) -> Snapshot:
     """Load a verified checkpoint into a fresh engine and prove it on the stored batch. Collective.

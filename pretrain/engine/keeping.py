@@ -7,6 +7,7 @@ import logging
 from pretrain.config.run import CheckpointConfig
 from pretrain.engine import checkpoint
 from pretrain.engine.build import Engine
+from pretrain.engine.mirror import Mirror
 from pretrain.runfolder.layout import CheckpointRef, RunFolder
 from pretrain.runfolder.lease import Lease
 from pretrain.runfolder.retention import delete, live_pins, to_delete
@@ -18,19 +19,36 @@ class Keeper:
     """Saves, points and forgets. Rank 0 alone touches pointers and deletes."""
 
     def __init__(self, folder: RunFolder, lease: Lease | None, config: CheckpointConfig,
-                 keep_every_steps: int | None) -> None:
+                 keep_every_steps: int | None, mirror: Mirror | None) -> None:
         self.folder = folder
         self._lease = lease
         self._config = config
         self._keep_every_steps = keep_every_steps
+        self._mirror = mirror
+
+    @property
+    def notice(self) -> str:
+        """What the status of the run should say about its checkpoints; mostly nothing."""
+        return self._mirror.problem if self._mirror is not None else ""
+
+    def close(self, wait_s: float = 30.0) -> None:
+        """End what runs in the background, within about `wait_s` seconds."""
+        if self._mirror is not None:
+            self._mirror.close(wait_s)
 
     def save(self, engine: Engine, snapshot: checkpoint.Snapshot, *, best_metric: str | None) -> CheckpointRef:
-        """Write a checkpoint; where it is the best by `best_metric`, point at it; then apply retention. Collective."""
+        """Write a checkpoint; where it is the best by `best_metric`, point at it; then apply retention. Collective.
+
+        Where a new one is written, the count of saves in the snapshot's state rises by one.
+        """
         ref = engine.world.on_main(lambda: self._existing(int(snapshot.state["step"])))
         if ref is None:
+            snapshot.state["saves"] += 1
             ref = checkpoint.save(engine, self.folder, self._lease, snapshot)
             if engine.world.is_main:
                 _log.info("[CHECKPOINT] Saved -> %s", ref.path)
+            if self._mirror is not None:
+                self._mirror.offer(ref, snapshot.state["saves"])
         if engine.world.is_main:
             if best_metric is not None:
                 self.folder.write_pointer(f"best-{best_metric}", ref)

@@ -66,8 +66,8 @@ class Reporter:
         self._lr = lr
         self.throughput.update(step, tokens)
 
-    def log(self, state: RunState, progress: Progress, skipped: int) -> None:
-        """Write a row. Collective: sums are reduced over ranks here."""
+    def log(self, state: RunState, progress: Progress, skipped: int, notice: str = "") -> None:
+        """Write a row. Collective: sums are reduced over ranks here. `notice` goes to the status."""
         means = self._reduce()
         shares = self.clock.take()
         if self.writer is None:
@@ -86,7 +86,7 @@ class Reporter:
         if self.progress is not None:
             self.progress.update(row)
         self.diagnose({k: v for k, v in row.items() if isinstance(v, (int, float))})
-        self.write_status(state)
+        self.write_status(state, notice)
 
     def evaluation(self, state: RunState, progress: Progress, results: Mapping[str, Metric]) -> None:
         """Write a row of an evaluation."""
@@ -100,11 +100,11 @@ class Reporter:
         self.writer.write(row)
         _log.info("step %d: %s", state.step, ", ".join(f"{name} {m.value:.4f}" for name, m in results.items()))
 
-    def write_status(self, state: RunState) -> None:
+    def write_status(self, state: RunState, notice: str = "") -> None:
         """Bring status.json up to date; at most every few seconds, because it is flushed to the disk."""
         if self.status is not None and time.monotonic() - self._status_written > _STATUS_SECONDS:
             self._status_written = time.monotonic()
-            self.status = replace(self.status, step=state.step, k=state.k).write(self.folder)
+            self.status = replace(self.status, step=state.step, k=state.k, message=notice).write(self.folder)
 
     def _reduce(self) -> dict[str, float]:
         """Means over the updates since the last row and over ranks."""

@@ -30,13 +30,14 @@ from pretrain.engine.distributed import World
 from pretrain.engine.evaluator import Evaluator
 from pretrain.engine.initial import check_initial
 from pretrain.engine.keeping import Keeper
+from pretrain.engine.mirror import Mirror
 from pretrain.engine.reporting import Reporter
 from pretrain.engine.schedule import LearningRate
 from pretrain.engine.state import RunState
 from pretrain.engine.stopping import StopRequests, StopSignals
 from pretrain.engine.trainer import Trainer
 from pretrain.engine.views import FamilyStartContext
-from pretrain.errors import CheckFailed, ConfigError, PretrainError, UserError
+from pretrain.errors import CheckFailed, ConfigError, DataCorruption, PretrainError, UserError
 from pretrain.models.base import Family, Hooks
 from pretrain.monitor.clock import TimeShares
 from pretrain.monitor.environment import describe_environment
@@ -50,6 +51,7 @@ from pretrain.runfolder.layout import CheckpointRef, RunFolder
 from pretrain.runfolder.lease import Lease
 from pretrain.runfolder.publish import MANIFEST, hash_file, require_space, write_json_atomic, write_text_atomic
 from pretrain.runfolder.status import Status
+from pretrain.runfolder.whole import newest_whole
 
 _CURE = "set it back, give the run another name, or start it with train.init_from"
 _ORDER_KEYS = ("seed", "batch.", "data.seq_len", "data.stride", "data.source", "data.order", "data.document_masking")
@@ -75,8 +77,9 @@ class Claim:
 def claim_run(loaded: LoadedConfig, world: World) -> Claim:
     """Take the lease and choose the checkpoint to go on from. Collective.
 
-    What an earlier start left stays as it is until `take_over`. Raises UserError where another process holds the run,
-    or the folder cannot be written to.
+    What an earlier start left stays as it is until `take_over`. The checkpoint is the newest whose files are what its
+    manifest says. Raises UserError where another process holds the run or the folder cannot be written to,
+    DataCorruption where there are checkpoints and none is whole.
     """
     root = Path(loaded.config.runs_dir) / loaded.config.name
     lease: Lease | None = None
@@ -88,12 +91,19 @@ def claim_run(loaded: LoadedConfig, world: World) -> Claim:
         before = Status.read(folder)
         lease = Lease.acquire(folder, slurm=SlurmJob.from_environment(os.environ))
         folder.clean_temporaries(lease.fence)
-        found = folder.checkpoints()
-        resume = found[0] if found and loaded.config.train.resume == "auto" else None
-        if not found:
+        status = Status(fence=lease.fence, started=time.time(), restarts=lease.fence - 1)
+        try:
+            with lease.beating():  # hashing a large checkpoint takes minutes
+                resume = newest_whole(folder) if loaded.config.train.resume == "auto" else None
+        except DataCorruption as error:
+            status.ended(error.code, "no whole checkpoint", str(error)).write(folder)
+            lease.release()
+            raise
+        if not folder.checkpoints():
             _describe(folder, loaded)
-        status = Status(fence=lease.fence, started=time.time(), restarts=lease.fence - 1,
-                        step=resume.step if resume else 0, k=before.k if before and resume else 0).write(folder)
+        if resume is not None:
+            status = replace(status, step=resume.step, k=before.k if before else 0)
+        status = status.write(folder)
         return resume, _changes(folder, loaded) if resume else []
 
     resume, changes = world.on_main(claim)
@@ -297,9 +307,14 @@ def _assemble(config: RunConfig, batch: ResolvedBatch, world: World, claim: Clai
         loader=open_loader(config, batch, world, data, start_k), evaluators=evaluators,
         lr=lr, state=RunState(), total_steps=steps, epoch_samples=data.epoch_samples, data_fingerprint=data.fingerprint,
         stop=stop, reporter=reporter,
-        keeper=Keeper(claim.folder, claim.lease, config.checkpoint, lengths.keep_every),
+        keeper=Keeper(claim.folder, claim.lease, config.checkpoint, lengths.keep_every, _mirror(config, claim, world)),
         health=Health(config.train.max_bad_steps),
         profiler=StepProfiler(claim.folder.profile_dir, *profile, world.rank) if profile else None)
+
+
+def _mirror(config: RunConfig, claim: Claim, world: World) -> Mirror | None:
+    wanted = config.checkpoint.mirror
+    return Mirror(claim.folder, wanted) if wanted is not None and world.is_main else None
 
 
 def _load(engine: Engine, claim: Claim, config: RunConfig, data: TrainingData) -> Snapshot:
@@ -309,7 +324,6 @@ def _load(engine: Engine, claim: Claim, config: RunConfig, data: TrainingData) -
     """
     ref = claim.resume
     assert ref is not None
-    engine.world.on_main(lambda: checkpoint.verify(ref))
     snapshot = checkpoint.load(engine, ref, config.seed)
     if snapshot.data_fingerprint != data.fingerprint:
         told = _told([change for change in claim.changes if change[0].startswith(_ORDER_KEYS)])

@@ -17,6 +17,8 @@ class RunState:
 
     k: int = 0
     step: int = 0
+    saves: int = 0
+    """Checkpoints written so far."""
     best: float | None = None
     best_steps: list[int] = field(default_factory=list)
     """Steps at which the selecting metric improved, in order: the last ones are the best."""

@@ -220,7 +220,7 @@ class Trainer:
         if (scheduled or (improved and self.config.checkpoint.keep_best)) and not last:
             self._save(best=improved)
         if self.config.monitor.log_every.due(before, after) is not None or last:
-            self.reporter.log(self.state, after, len(self.health.bad_steps.skipped))
+            self.reporter.log(self.state, after, len(self.health.bad_steps.skipped), self.keeper.notice)
 
     def _evaluate(self, evaluators: Sequence[Evaluator]) -> bool:
         """Run evaluators on all ranks without touching training. True where the run's metric improved."""
@@ -266,6 +266,7 @@ class Trainer:
                                            dict(self.hooks.state_dict()), self.data_fingerprint, self.probe_inputs,
                                            self.hooks.controls(self.state.step))
             self.keeper.save(self.engine, snapshot, best_metric=self.config.eval.metric if best else None)
+            self.state.saves = snapshot.state["saves"]
         self.saved = copy.deepcopy(self.state)
         return True
 

@@ -119,9 +119,9 @@ def interrupted(world: World, folder: Path) -> dict[str, Any]:
     from rich.console import Console
 
     from pretrain.config.load import load_run_config
-    from pretrain.engine import checkpoint
     from pretrain.engine.setup import claim_run, prepare
     from pretrain.engine.shards import Shards
+    from pretrain.runfolder.publish import Manifest
     begin(world, folder, "run", TOY, "fp32", 2, LENGTH)
     loaded = load_run_config(folder / "run.yaml", sets=["engine.zero_stage=3"])
     claim = claim_run(loaded, world)
@@ -146,7 +146,7 @@ def interrupted(world: World, folder: Path) -> dict[str, Any]:
     if claim.lease is not None:
         claim.lease.release()
     world.barrier()
-    checkpoint.verify(claim.resume)
+    assert Manifest.read(claim.resume.path).verify(claim.resume.path) == []
     untouched = before == {p: p.stat().st_mtime_ns for p in sorted(claim.resume.path.rglob("*"))}
     trainer = start(world, folder, "run", **sections(TOY, "fp32", 3, LENGTH))
     step = trainer.state.step

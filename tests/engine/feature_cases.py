@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from pretrain.config.presets import configs_dir
 from pretrain.engine.distributed import World
 from pretrain.engine.evaluator import EvalResult, Metric
 from pretrain.errors import PretrainError
+from pretrain.runfolder.layout import RunFolder
+from pretrain.runfolder.status import Status
 from tests.engine.running import finish, run, start
 
 
@@ -147,6 +151,96 @@ def readback(world: World, folder: Path) -> dict[str, list[str]]:
     return found
 
 
+class Lines(logging.Handler):
+    """What the run says meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+    def __enter__(self) -> list[str]:
+        root = logging.getLogger("pretrain")
+        root.setLevel(logging.INFO)
+        root.addHandler(self)
+        return self.lines
+
+    def __exit__(self, *_: object) -> None:
+        logging.getLogger("pretrain").removeHandler(self)
+
+
+def mirror(world: World, folder: Path) -> dict[str, Any]:
+    """Every third save is copied; a disk that refuses is told of and stops nothing."""
+    from pretrain.engine import mirror as module
+    sections = {"train": {"length": "6 steps"}}
+    saving = {"every": "1 steps", "keep_last": 1, "keep_best": 0}
+    with Lines() as lines:
+        run(world, folder, "copied", checkpoint={**saving, "mirror": {"path": str(folder / "disk"), "every": 3}},
+            **sections)
+    again = start(world, folder, "copied", runs_dir=str(folder / "disk"), **sections)
+    resumed = again.state.step, again.state.saves
+    finish(again)
+    (folder / "full").touch()
+    wait, module._RETRY_S = module._RETRY_S, 0.0
+    try:
+        trainer = start(world, folder, "refused", **sections,
+                        checkpoint={**saving, "mirror": {"path": str(folder / "full"), "every": 1}})
+        for _ in range(4):
+            trainer.step()
+            deadline = time.monotonic() + 30
+            while trainer.keeper._mirror._failed_in_a_row < trainer.state.saves and time.monotonic() < deadline:
+                time.sleep(0.01)
+        trainer.reporter._status_written = 0.0
+        trainer.train()
+        status = Status.read(trainer.keeper.folder)
+        finish(trainer)
+    finally:
+        module._RETRY_S = wait
+    copies = RunFolder(folder / "disk" / "copied")
+    return {"lines": [line for line in lines if "BACKUP" in line], "step": trainer.state.step,
+            "copies": [ref.path.name for ref in copies.checkpoints()], "root": str(copies.checkpoints_dir),
+            "resumed": resumed, "message": status.message if status else None,
+            "sources": [ref.step for ref in RunFolder(folder / "runs" / "copied").checkpoints()]}
+
+
+def walk_back(world: World, folder: Path) -> dict[str, Any]:
+    """The newest checkpoint is damaged: the one before it is gone on from, to the same end; then all are."""
+    sections: dict[str, Any] = {"schedule": {"name": "constant", "warmup": None}, "model": {"dropout": 0.2},
+                                "checkpoint": {"every": "2 steps", "keep_last": 9}}
+    whole = run(world, folder, "whole", train={"length": "8 steps"}, **sections)
+    run(world, folder, "damaged", train={"length": "6 steps"}, **sections)
+    root = RunFolder(folder / "runs" / "damaged")
+
+    def damage() -> None:
+        with open(root.checkpoints()[0].path / "extra.safetensors", "rb+") as file:
+            file.seek(-1, 2)
+            last = file.read(1)
+            file.seek(-1, 2)
+            file.write(bytes([last[0] ^ 1]))
+
+    damage()
+    with Lines() as lines:
+        trainer = start(world, folder, "damaged", train={"length": "8 steps"}, **sections)
+    begin = trainer.state.step
+    trainer.train()
+    parts = finish(trainer)
+    names = [ref.path.name for ref in root.checkpoints()]
+    for ref in root.checkpoints():
+        (ref.path / "state.json").unlink()
+    try:
+        start(world, folder, "damaged", train={"length": "8 steps"}, **sections)
+        outcome: tuple[int, str] = (0, "")
+    except PretrainError as error:
+        outcome = (int(error.code), str(error))
+    status = Status.read(root)
+    return {"begin": begin, "whole": whole, "parts": parts, "lines": [line for line in lines if "passed over" in line],
+            "names": names, "outcome": outcome, "state": status.state if status else None,
+            "left": [ref.path.name for ref in root.checkpoints()]}
+
+
 CASES = {"plain_deepspeed_json": plain_deepspeed_json, "init_from": init_from, "readback": readback,
          "plateau_and_patience": plateau_and_patience, "target_perplexity": target_perplexity,
-         "divergence": divergence, "retention": retention, "profiler": profiler}
+         "divergence": divergence, "retention": retention, "profiler": profiler,
+         "mirror": mirror, "walk_back": walk_back}

@@ -38,7 +38,7 @@ def write_config(folder: Path, name: str, **sections: Any) -> Path:
         values[key] = {**values.get(key, {}), **value} if isinstance(value, dict) and key in values else value
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump({**values, "name": name, "runs_dir": str(folder / "runs")}))
+    path.write_text(yaml.safe_dump({"runs_dir": str(folder / "runs"), **values, "name": name}))
     return path
 
 
@@ -56,6 +56,7 @@ def start(world: World, folder: Path, name: str, **sections: Any) -> Trainer:
 def finish(trainer: Trainer) -> list[float]:
     """Close a trainer; rank 0 gets the losses of the run so far."""
     trainer.loader.close()
+    trainer.keeper.close()
     if trainer.reporter.writer is not None:
         trainer.reporter.writer.close()
     trainer.engine.release()

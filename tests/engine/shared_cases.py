@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from pretrain.engine import checkpoint
 from pretrain.engine.distributed import World
+from pretrain.runfolder.publish import Manifest
 from tests.engine.running import finish, run, start
 
 UNEVEN = {"seq_len": 16, "source": {"kind": "uneven", "samples": 512}}
@@ -108,7 +108,7 @@ def frozen_and_buffers(world: World, folder: Path) -> dict[str, Any]:
         frozen = again.engine.read("frozen.weight")
         found[str(stage)] = {"buffer_exact": exact, "buffer_dtype": dtype, "frozen": float(frozen.min()),
                              "resumed_at": again.state.step, "files": sorted(p.name for p in ref.path.iterdir()),
-                             "problems": 0 if checkpoint.verify(ref) is None else 1}
+                             "problems": len(Manifest.read(ref.path).verify(ref.path))}
         finish(again)
     return found
 

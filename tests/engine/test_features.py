@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -56,3 +57,37 @@ def test_retention_keeps_last_best_and_multiples(one: dict[str, Any]) -> None:
 
 def test_a_profiler_trace_of_the_steps_asked_for(one: dict[str, Any]) -> None:
     assert case(one, "profiler") == ["steps-3-4.rank0.json"]
+
+
+def test_every_third_save_is_copied_and_the_copy_is_a_run(one: dict[str, Any]) -> None:
+    found = case(one, "mirror")
+    assert found["copies"] == ["step-6.f1", "step-3.f1"]
+    assert found["lines"] == [f"[DRIVE BACKUP] Checkpoint #{n} -> {found['root']}/step-{n}.f1" for n in (3, 6)]
+    assert found["resumed"] == [6, 6]
+    assert found["sources"] == [6]
+
+
+def test_a_mirror_that_fails_is_in_the_status_and_stops_nothing(one: dict[str, Any]) -> None:
+    found = case(one, "mirror")
+    assert found["step"] == 6
+    assert re.match(r"checkpoint.mirror: the last [45] copies failed \(.*Not a directory", found["message"])
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_the_end_is_the_same(one: dict[str, Any]) -> None:
+    found = case(one, "walk_back")
+    assert found["begin"] == 4
+    (line,) = found["lines"]
+    assert "step-6.f1 is passed over" in line
+    assert "extra.safetensors: does not have the bytes" in line
+    assert found["parts"] == found["whole"]
+    assert found["names"] == ["step-8.f2", "step-6.f2", "step-4.f1", "step-2.f1"]
+
+
+def test_where_no_checkpoint_is_whole_nothing_is_started(one: dict[str, Any]) -> None:
+    found = case(one, "walk_back")
+    code, message = found["outcome"]
+    assert code == 3
+    assert "none of 4 checkpoints is whole" in message
+    assert "step-8.f2/state.json: is missing" in message
+    assert found["state"] == "corrupt"
+    assert found["left"] == found["names"]
