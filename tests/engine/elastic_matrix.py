@@ -18,7 +18,7 @@ from pretrain.engine.distributed import World
 from pretrain.engine.shards import Shards
 from tests.engine.elastic_cases import TOY, begin, go_on, sections
 from tests.engine.running import finish, start
-from tests.engine.test_shards import peak_of_private_bytes, private_bytes
+from tests.engine.test_shard_reader import peak_of_private_bytes, private_bytes
 from tests.engine.world import main
 
 STAGES = {"fp32": (0, 1, 2, 3), "bf16": (2, 3)}
