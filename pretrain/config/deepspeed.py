@@ -70,8 +70,9 @@ def deepspeed_config(config: RunConfig, batch: ResolvedBatch, precision: Precisi
 
 
 def bucket_elements(config: RunConfig) -> int:
-    """Elements of the reduce bucket, before `engine.deepspeed` has its say."""
-    return min(MAX_BUCKET_ELEMENTS, max(1_000_000, config.model.parameter_count().trainable))
+    """Elements of the reduce bucket, before `engine.deepspeed` has its say. Even: DeepSpeed refuses an odd number."""
+    trainable = config.model.parameter_count().trainable
+    return min(MAX_BUCKET_ELEMENTS, max(1_000_000, trainable + trainable % 2))
 
 
 def built_in_parts(config: RunConfig) -> bool:

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pretrain.config.deepspeed import bucket_elements
 from pretrain.config.load import load_run_config
 from pretrain.config.memory import rank_memory
 from pretrain.config.plan import Speed, checkpoint_bytes, largest_micro_batch, make_plan, windows
@@ -67,6 +68,12 @@ def test_memory_of_zero_2_in_fp32_term_by_term(base, monkeypatch):
                                     "kept by the allocator": 70 * M + 2**26}
     assert plan.memory.peak == "step"
     assert plan.memory.device_bytes == sum(terms(plan, "step").values())
+
+
+@pytest.mark.parametrize("trainable,bucket", [(3, M), (M + 1, M + 2), (M + 2, M + 2), (60 * M + 1, 50 * M)])
+def test_the_reduce_bucket_is_even_and_holds_a_small_model(base, monkeypatch, trainable, bucket):
+    big(monkeypatch, trainable=trainable, frozen=0)
+    assert bucket_elements(load_run_config(base).config) == bucket
 
 
 def test_memory_of_zero_3_in_bf16_on_a_gpu_with_offload(base, monkeypatch):
