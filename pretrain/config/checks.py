@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def check_run(config: RunConfig) -> None:
     """Raise ConfigErrors with every contradiction between sections."""
-    problems = [*_engine(config), *_data(config), *_schedule(config)]
+    problems = [*_engine(config), *_data(config), *_schedule(config), *_spikes(config)]
     if problems:
         raise ConfigErrors(problems)
 
@@ -67,6 +67,12 @@ def _intervals(section: Section, prefix: str) -> Iterator[tuple[str, Interval]]:
             yield prefix + name, value
         elif isinstance(value, Section):
             yield from _intervals(value, f"{prefix}{name}.")
+
+
+def _spikes(config: RunConfig) -> Iterator[ConfigError]:
+    if config.train.on_spike == "skip" and config.objective.protocol == "update":
+        yield ConfigError("train.on_spike", f"skip needs the loss before the last backward, which objective.name "
+                          f"{config.objective.name} runs by itself; use warn")
 
 
 def _schedule(config: RunConfig) -> Iterator[ConfigError]:

@@ -10,6 +10,7 @@ import copy
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -179,8 +180,9 @@ class Trainer:
         rate = peak * self.lr.factor(self.state.step)
         clock = self.reporter.clock
         if self._sums:
+            judge = partial(self.health.spike, self.state.step) if self.config.train.on_spike == "skip" else None
             update = run_sum_update(self.engine, self.objective, loaded.micro_batches, totals, controls,
-                                    step=self.state.step, lr=rate, clock=clock)
+                                    step=self.state.step, lr=rate, clock=clock, judge=judge)
         else:
             update = run_full_update(self.engine, self.objective, loaded.micro_batches, controls, lr=rate, clock=clock)
         self._advance(loaded, update)
@@ -204,10 +206,12 @@ class Trainer:
                 self.hooks.after_step(FamilyStepContext(self.engine, state.step))
         else:
             first = loaded.k * self.batch.global_batch_size
-            _log.warning("batch %d skipped: gradient norm %s; samples %d to %d (see `pretrain data at RUN --batch %d`)",
-                         loaded.k, update.outcome.grad_norm, first, first + self.batch.global_batch_size - 1, loaded.k)
-        loss = float(update.metrics["loss"][0])
-        for alarm in self.health.update(state.step, loaded.k, update.outcome.applied, loss, update.outcome.grad_norm):
+            why = update.spike or f"gradient norm {update.outcome.grad_norm}"
+            _log.warning("batch %d skipped: %s; samples %d to %d (see `pretrain data at RUN --batch %d`)",
+                         loaded.k, why, first, first + self.batch.global_batch_size - 1, loaded.k)
+        loss = float(update.metrics["loss"][0]) if update.loss is None else update.loss
+        for alarm in self.health.update(state.step, loaded.k, update.outcome.applied, loss, update.outcome.grad_norm,
+                                        spike=update.spike is not None):
             if self.engine.world.is_main:
                 _log.warning("%s", alarm)
 

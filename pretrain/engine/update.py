@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from pretrain.data.batch import Batch
 from pretrain.engine import rng as rng_module
 from pretrain.engine.build import Engine, StepOutcome
 from pretrain.monitor.clock import TimeShares
+from pretrain.monitor.health import Alarm
 from pretrain.objectives.base import SumObjective, UpdateObjective
 
 Sums = dict[str, tuple[torch.Tensor, torch.Tensor]]
@@ -27,6 +28,10 @@ class Update:
     outcome: StepOutcome
     metrics: Sums
     """To be added up over updates and ranks, then divided; `loss` is among them."""
+    loss: float | None = None
+    """Mean over all ranks, where the update was judged by it."""
+    spike: Alarm | None = None
+    """Why it was dropped, where its loss was a spike."""
 
 
 def term_names(objective: SumObjective) -> list[str]:
@@ -47,12 +52,16 @@ def local_counts(objective: SumObjective, micro_batches: Sequence[Batch]) -> lis
 
 
 def run_sum_update(engine: Engine, objective: SumObjective, micro_batches: Sequence[Batch], totals: Sequence[int],
-                   controls: Mapping[str, float], *, step: int, lr: float, clock: TimeShares) -> Update:
+                   controls: Mapping[str, float], *, step: int, lr: float, clock: TimeShares,
+                   judge: Callable[[float], Alarm | None] | None = None) -> Update:
     """One update of a sum objective: loss = sum over terms of weight * sum / total.
 
     `totals` are the counts of the whole update over all micro-batches and ranks. DeepSpeed averages gradients over
     ranks, so each micro-batch contributes weight * sum * world / total; how the global batch is split then changes
     nothing but rounding. A term whose total is 0 gives 0.
+
+    `judge` gets the loss of the whole update before its last backward; where it finds a spike, the update is dropped
+    on every rank. It must answer alike on all of them.
     """
     names = term_names(objective)
     weights = {n: w(step) if callable(w := objective.terms[n]) else float(w) for n in names}
@@ -60,19 +69,34 @@ def run_sum_update(engine: Engine, objective: SumObjective, micro_batches: Seque
     device = engine.world.device
     metrics: Sums = {}
     loss_value = torch.zeros((), dtype=torch.float64, device=device)
+    whole: float | None = None
+    spike: Alarm | None = None
     for index, batch in enumerate(micro_batches):
+        last = index == len(micro_batches) - 1
         with clock.phase("forward"):
             result = objective(engine.forward, batch, controls)
             loss = sum((result.sums[n] * scale[n] for n in names), start=torch.zeros((), device=device))
+            loss_value += loss.detach().double()
+            if judge is not None and last:
+                whole = _over_ranks(engine, loss_value)
+                spike = judge(whole)
         with clock.phase("backward"):
-            engine.backward(loss, last=index == len(micro_batches) - 1)
-        loss_value += loss.detach().double()
+            # The way out that every stage has: what is not finite reaches neither weights nor moments.
+            engine.backward(loss * math.nan if spike else loss, last=last)
         _accumulate(metrics, result.metrics)
     with clock.phase("step"):
         outcome = engine.step(lr)
     # Each rank holds world * its share of the loss; with a count of 1 a rank, the mean over ranks is the loss itself.
     metrics["loss"] = (loss_value, torch.ones((), dtype=torch.float64, device=device))
-    return Update(outcome, metrics)
+    return Update(outcome, metrics, whole, spike)
+
+
+def _over_ranks(engine: Engine, value: torch.Tensor) -> float:
+    """Mean of a scalar over ranks, through the host."""
+    mean = value.cpu() / engine.world.size
+    if engine.world.size > 1:
+        dist.all_reduce(mean, group=engine.world.control)
+    return float(mean)
 
 
 def _accumulate(into: Sums, more: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:

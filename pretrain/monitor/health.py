@@ -12,37 +12,44 @@ from pretrain.errors import Divergence
 
 
 class BadSteps:
-    """Counts updates that were skipped because their loss or gradient was not finite, and says when to give up."""
+    """Counts updates that were skipped and says when to give up."""
 
     def __init__(self, max_in_a_row: int) -> None:
         self.max_in_a_row = max_in_a_row
         self.skipped: list[int] = []
         """Numbers k of the global batches that were skipped."""
+        self.spikes: list[int] = []
+        """Those among them whose loss was finite and a spike."""
         self.in_a_row = 0
 
-    def update(self, k: int, finite: bool, loss: float, grad_norm: float) -> None:
-        """Judge the update of global batch `k`, the same on every rank.
+    def update(self, k: int, applied: bool, loss: float, grad_norm: float, *, spike: bool = False) -> None:
+        """Judge the update of global batch `k`, the same on every rank. One that was not applied was no `spike`: then
+        its loss or gradient was not finite.
 
-        Raises Divergence once `max_in_a_row` updates in a row were not finite.
+        Raises Divergence once `max_in_a_row` updates in a row were skipped.
         """
-        if finite:
+        if applied:
             self.in_a_row = 0
             return
         self.skipped.append(k)
+        if spike:
+            self.spikes.append(k)
         self.in_a_row += 1
         if self.in_a_row >= self.max_in_a_row:
             first = self.skipped[-self.in_a_row]
-            raise Divergence(f"the last {self.in_a_row} updates were not finite (batches {first} to {k}; last loss "
+            what = "not finite or loss spikes" if first <= max(self.spikes, default=-1) else "not finite"
+            raise Divergence(f"the last {self.in_a_row} updates were {what} (batches {first} to {k}; last loss "
                              f"{loss:g}, gradient norm {grad_norm:g}): lower optim.lr, lengthen schedule.warmup, or "
                              "look at these batches with `pretrain data at`")
 
     def state_dict(self) -> dict[str, Any]:
         """JSON values."""
-        return {"skipped": list(self.skipped), "in_a_row": self.in_a_row}
+        return {"skipped": list(self.skipped), "spikes": list(self.spikes), "in_a_row": self.in_a_row}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict()`."""
         self.skipped, self.in_a_row = list(state["skipped"]), int(state["in_a_row"])
+        self.spikes = list(state.get("spikes", ()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +90,16 @@ class SpikeDetector:
         self._floor = floor
 
     def update(self, step: int, value: float) -> Alarm | None:
-        """Judge `value` against those before it. Non-finite values are no business of this rule."""
-        if not math.isfinite(value):
-            return None
-        alarm = self._judge(step, value) if len(self._values) >= self._warmup else None
-        self._values.append(value)
+        """Judge `value` against those before it, and remember it. Non-finite ones are no business of this rule."""
+        alarm = self.judge(step, value)
+        if math.isfinite(value):
+            self._values.append(value)
         return alarm
 
-    def _judge(self, step: int, value: float) -> Alarm | None:
+    def judge(self, step: int, value: float) -> Alarm | None:
+        """Judge `value` against those before it, and forget it."""
+        if not math.isfinite(value) or len(self._values) < self._warmup:
+            return None
         median = statistics.median(self._values)
         if value <= median:
             return None
@@ -117,10 +126,18 @@ class Health:
         # Gradient norms have a long tail by nature: only what is far out is worth a line.
         self._grad = SpikeDetector("grad_spike", threshold=20.0)
 
-    def update(self, step: int, k: int, finite: bool, loss: float, grad_norm: float) -> list[Alarm]:
-        """Judge one update. Raises Divergence after too many bad ones in a row."""
-        self.bad_steps.update(k, finite, loss, grad_norm)
-        if not finite:
+    def spike(self, step: int, loss: float) -> Alarm | None:
+        """Whether `loss` of an update that is not applied yet is a spike; remembers nothing."""
+        return self._loss.judge(step, loss)
+
+    def update(self, step: int, k: int, applied: bool, loss: float, grad_norm: float, *,
+               spike: bool = False) -> list[Alarm]:
+        """Judge one update; one that was skipped (for a `spike` or for not being finite) leaves the medians alone.
+
+        Raises Divergence after too many skipped ones in a row.
+        """
+        self.bad_steps.update(k, applied, loss, grad_norm, spike=spike)
+        if not applied:
             return []
         alarms = [self._loss.update(step, loss), self._grad.update(step, grad_norm)]
         if grad_norm == 0.0:

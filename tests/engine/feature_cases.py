@@ -240,7 +240,43 @@ def walk_back(world: World, folder: Path) -> dict[str, Any]:
             "left": [ref.path.name for ref in root.checkpoints()]}
 
 
+def spikes(world: World, folder: Path) -> dict[str, Any]:
+    """A batch whose loss is tenfold on the last rank, after 40 ordinary ones: dropped in every stage, or told of."""
+    found: dict[str, Any] = {}
+    for key, stage, policy, accumulation in (("0", 0, "skip", 1), ("1", 1, "skip", 1), ("2", 2, "skip", 2),
+                                             ("3", 3, "skip", 1), ("warn", 2, "warn", 1)):
+        trainer = start(world, folder, key, engine={"zero_stage": stage},
+                        train={"length": "60 steps", "on_spike": policy},
+                        batch={"global_batch_size": 8, "gradient_accumulation_steps": accumulation},
+                        schedule={"name": "constant", "warmup": None}, optim={"lr": 0.001})
+        factor = 10 if world.rank == world.size - 1 else 1
+        while trainer.state.k < 40:
+            trainer.step()
+        compute = type(trainer.objective).__call__
+
+        def tenfold(objective: Any, model: Any, batch: Any, controls: Any, compute: Any = compute,
+                    factor: int = factor) -> Any:
+            result = compute(objective, model, batch, controls)
+            return type(result)({name: factor * value for name, value in result.sums.items()}, result.metrics)
+
+        before = trainer.engine.read("trained.weight")
+        type(trainer.objective).__call__ = tenfold  # type: ignore[method-assign]
+        try:
+            with Lines() as lines:
+                trainer.step()
+        finally:
+            type(trainer.objective).__call__ = compute  # type: ignore[method-assign]
+        moved = float((trainer.engine.read("trained.weight") - before).abs().max())
+        trainer.step()
+        after = float((trainer.engine.read("trained.weight") - before).abs().max())
+        found[key] = {"moved": moved, "after": after, "step": trainer.state.step, "k": trainer.state.k,
+                      "skipped": trainer.health.bad_steps.skipped, "spikes": trainer.health.bad_steps.spikes,
+                      "lines": lines}
+        finish(trainer)
+    return found
+
+
 CASES = {"plain_deepspeed_json": plain_deepspeed_json, "init_from": init_from, "readback": readback,
          "plateau_and_patience": plateau_and_patience, "target_perplexity": target_perplexity,
          "divergence": divergence, "retention": retention, "profiler": profiler,
-         "mirror": mirror, "walk_back": walk_back}
+         "mirror": mirror, "walk_back": walk_back, "spikes": spikes}

@@ -91,3 +91,22 @@ def test_where_no_checkpoint_is_whole_nothing_is_started(one: dict[str, Any]) ->
     assert "step-8.f2/state.json: is missing" in message
     assert found["state"] == "corrupt"
     assert found["left"] == found["names"]
+
+
+def test_a_loss_spike_is_kept_out_of_the_weights_in_every_stage(one: dict[str, Any]) -> None:
+    for stage in "0123":
+        found = case(one, "spikes")[stage]
+        assert found["moved"] == 0.0, stage
+        assert 0.0 < found["after"] < 0.01, stage
+        assert (found["step"], found["k"]) == (41, 42)
+        assert found["skipped"] == found["spikes"] == [40]
+        (line,) = [line for line in found["lines"] if "skipped" in line]
+        assert "batch 40 skipped: step 40: loss" in line
+        assert "samples 320 to 327" in line
+
+
+def test_a_loss_spike_is_only_told_of_by_default(one: dict[str, Any]) -> None:
+    found = case(one, "spikes")["warn"]
+    assert found["moved"] > 0.0
+    assert (found["step"], found["k"], found["skipped"]) == (42, 42, [])
+    assert any("deviations above its running median" in line for line in found["lines"])

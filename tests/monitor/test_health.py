@@ -96,3 +96,20 @@ def test_skipped_updates_do_not_enter_the_running_figures():
         assert health.update(step, step, step % 2 == 0, 2.0 if step % 2 == 0 else math.inf, math.nan
                              if step % 2 else 1.0) == []
     assert len(health.state_dict()["loss"]["values"]) == 50
+
+
+def test_a_spike_that_is_skipped_leaves_the_median_and_counts_towards_the_end():
+    health = Health(3)
+    for step, loss in enumerate(curve(100)):
+        health.update(step, step, True, loss, 1.0)
+    before = health.state_dict()["loss"]
+    for k in (100, 101):
+        assert health.spike(100, 40.0).kind == "loss_spike"
+        health.update(100, k, False, 40.0, math.nan, spike=True)
+    assert health.state_dict()["loss"] == before
+    again = Health(3)
+    again.load_state_dict(json.loads(json.dumps(health.state_dict())))
+    assert again.bad_steps.spikes == [100, 101]
+    with pytest.raises(Divergence, match=r"last 3 updates were not finite or loss spikes \(batches 100 to 102"):
+        again.update(100, 102, False, math.nan, math.nan)
+    assert health.spike(100, math.nan) is None
