@@ -15,10 +15,13 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from data_prep.config import TRAIN, JsonlSource, PrepConfig, StdlibSource
-from data_prep.encode import available_cores, encode_documents
+from data_prep.config import TRAIN, AnySource, JsonlSource, PairSourceBase, PrepConfig, PythonPairsSource, StdlibSource
+from data_prep.encode import Ids, available_cores, encode_items
 from data_prep.files import canonical_json, publish, temporary_name
 from data_prep.manifest import MANIFEST, TOKENIZER, Manifest, SplitRecord, write_manifest
+from data_prep.pair_select import KeptPair, as_document, push_pair, select_pairs, split_rule
+from data_prep.pair_sources import pair_files, pair_folder
+from data_prep.pairs import PairWriter
 from data_prep.progress import Reporter, Silent
 from data_prep.select import Kept, Splitter, Tally, select
 from data_prep.shards import ShardWriter, token_dtype
@@ -26,7 +29,9 @@ from data_prep.sources import SetAside, source_files, source_folder
 from data_prep.tokenizer import (
     eos_id,
     load_tokenizer,
+    pad_id,
     save_tokenizer,
+    special_ids,
     train_tokenizer,
     training_sample,
     vocab_size,
@@ -35,6 +40,8 @@ from pretrain.errors import ConfigError, UserError
 from pretrain.runfolder.publish import fsync, hash_file
 
 QUARANTINE = "quarantine.jsonl"
+_FOREIGN = {"documents": "block_pairs", "pairs": "block_tokens"}
+"""The field that says nothing about a kind of dataset, and is no part of its recipe."""
 log = logging.getLogger(__name__)
 
 
@@ -86,12 +93,12 @@ def is_complete(config: PrepConfig) -> bool:
 
 def _recipe(config: PrepConfig) -> tuple[dict[str, Any], dict[str, str]]:
     """What determines the bytes of a dataset, and the paths it was read from."""
-    recipe = config.model_dump(mode="json", exclude={"out", "workers"})
+    recipe = config.model_dump(mode="json", exclude={"out", "workers", _FOREIGN[config.kind]})
     paths = {}
     for stated, source in zip(recipe["sources"], config.sources, strict=True):
-        paths[source.name] = str(source_folder(source))
+        paths[source.name] = str(_folder_of(source))
         stated.pop("path", None)
-        if isinstance(source, StdlibSource):
+        if isinstance(source, StdlibSource | PythonPairsSource):
             stated["python"] = platform.python_version()
     recipe["split_order"] = list(config.splits)  # it has a meaning, which JSON objects do not keep
     if config.tokenizer.path is not None:
@@ -102,6 +109,10 @@ def _recipe(config: PrepConfig) -> tuple[dict[str, Any], dict[str, str]]:
         except OSError as error:
             raise ConfigError("tokenizer.path", f"{tokenizer}: cannot be read ({error.strerror})") from None
     return recipe, paths
+
+
+def _folder_of(source: AnySource) -> Path:
+    return pair_folder(source) if isinstance(source, PairSourceBase) else source_folder(source)
 
 
 def _difference(wanted: Any, found: Any, key: str = "") -> str:
@@ -176,16 +187,28 @@ def _build(config: PrepConfig, folder: Path, recipe: dict[str, Any], paths: dict
     tokenizer = _tokenizer(config, total_bytes, reporter)
     eos, vocabulary = eos_id(tokenizer, config.tokenizer), vocab_size(tokenizer)
     dtype = token_dtype(vocabulary)
+    blocks = _blocks(config, tokenizer, eos)
     tokenizer_sha256 = save_tokenizer(tokenizer, folder, config.tokenizer)
     tally = Tally()
     reporter.stage("tokenize", total_bytes)
     splits = _write_splits(config, folder, eos, dtype, tally, reporter)
     _require_train(splits[TRAIN].docs, tally)
     write_manifest(folder, Manifest.model_validate({
-        "tokenizer_sha256": tokenizer_sha256, "dtype": dtype.str, "block_tokens": config.block_tokens, "eos_id": eos,
-        "vocab_size": vocabulary, "splits": splits,
+        "tokenizer_sha256": tokenizer_sha256, "dtype": dtype.str, "eos_id": eos, "vocab_size": vocabulary,
+        "splits": splits, **blocks,
         "provenance": {"config": recipe, "paths": paths, "counts": tally.counts,
-                       "split_rule": Splitter(config.splits, config.seed).rule}}))
+                       "split_rule": split_rule(config) if config.kind == "pairs"
+                       else Splitter(config.splits, config.seed).rule}}))
+
+
+def _blocks(config: PrepConfig, tokenizer: Tokenizer, eos: int) -> dict[str, Any]:
+    """Fields of the manifest about the blocks of its kind."""
+    if config.kind == "documents":
+        return {"kind": "documents", "block_tokens": config.block_tokens}
+    prefix, suffix = special_ids(tokenizer, eos)
+    return {"kind": "pairs", "block_tokens": 0, "pairs": {
+        "block_pairs": config.block_pairs, "prefix_ids": prefix, "suffix_ids": suffix,
+        "pad_id": pad_id(tokenizer, config.tokenizer)}}
 
 
 def _tokenizer(config: PrepConfig, total_bytes: int | None, reporter: Reporter) -> Tokenizer:
@@ -204,11 +227,16 @@ def _tokenizer(config: PrepConfig, total_bytes: int | None, reporter: Reporter) 
 
 
 def _train_documents(config: PrepConfig, tally: Tally, reporter: Reporter) -> Iterator[Kept]:
-    for item in select(config, tally):
+    for found in _selected(config, tally):
+        item = as_document(found) if isinstance(found, KeptPair) else found
         if isinstance(item, Kept):
             reporter.advance(len(item.document.text))
             if item.split == TRAIN:
                 yield item
+
+
+def _selected(config: PrepConfig, tally: Tally) -> Iterator[Kept | KeptPair | SetAside]:
+    return select_pairs(config, tally) if config.kind == "pairs" else select(config, tally)
 
 
 def _require_train(documents: int, tally: Tally) -> None:
@@ -226,11 +254,11 @@ def _total_bytes(config: PrepConfig) -> int | None:
     out = Path(config.out).resolve()
     total: int | None = 0
     for number, source in enumerate(config.sources):
-        files = [path for _, path in source_files(source, f"sources.{number}")]
+        files = [path for _, path in _files(source, f"sources.{number}")]
         inside = next((path for path in files if path.resolve().is_relative_to(out)), None)
         if inside is not None:
             raise ConfigError(f"sources.{number}", f"{inside} lies inside the dataset folder {out}")
-        if source.max_documents is not None or isinstance(source, JsonlSource):
+        if source.max_documents is not None or isinstance(source, JsonlSource | PairSourceBase):
             total = None
         elif total is not None:
             size = sum(path.stat().st_size for path in files)
@@ -238,17 +266,21 @@ def _total_bytes(config: PrepConfig) -> int | None:
     return total
 
 
+def _files(source: AnySource, key: str) -> list[tuple[str, Path]]:
+    return pair_files(source, key) if isinstance(source, PairSourceBase) else source_files(source, key)
+
+
 def _write_splits(config: PrepConfig, folder: Path, eos: int, dtype: Any, tally: Tally,
                   reporter: Reporter) -> dict[str, SplitRecord]:
     """Encode everything and write each document to the shards of its split."""
     quarantine = temporary_name(folder / QUARANTINE).open("wb")
     with quarantine, ExitStack() as stack:
-        writers = {name: stack.enter_context(ShardWriter(folder, name, dtype=dtype, block_tokens=config.block_tokens,
-                                                         blocks_per_shard=config.blocks_per_shard))
-                   for name in (TRAIN, *config.splits)}
+        writers = {name: _writer(config, folder, name, dtype) for name in (TRAIN, *config.splits)}
+        for writer in writers.values():
+            stack.enter_context(writer)
 
-        def kept() -> Iterator[Kept]:
-            for item in select(config, tally):
+        def kept() -> Iterator[Kept | KeptPair]:
+            for item in _selected(config, tally):
                 if isinstance(item, SetAside):
                     log.debug("set aside %s: %s, %s", item.provenance, item.reason, item.detail)
                     line = item.provenance | {"reason": item.reason, "detail": item.detail}
@@ -257,11 +289,28 @@ def _write_splits(config: PrepConfig, folder: Path, eos: int, dtype: Any, tally:
                     yield item
 
         workers = config.workers or available_cores()
-        encoded = stack.enter_context(closing(encode_documents(kept(), folder / TOKENIZER, eos, workers)))
-        for item, tokens in encoded:
-            document = item.document
-            writers[item.split].push(tokens, utf8_bytes=len(document.text), source=document.source,
-                                     doc_hash=item.doc_hash, provenance=document.provenance)
-            reporter.advance(len(document.text))
+        ends = eos if config.kind == "documents" else None
+        encoded = stack.enter_context(closing(encode_items(kept(), folder / TOKENIZER, ends, workers)))
+        for done, ids in encoded:
+            _store(config, writers[done.split], done, ids, tally)
+            reporter.advance(sum(map(len, done.texts)))
         publish(quarantine, folder / QUARANTINE)
     return {name: writer.record for name, writer in writers.items() if writer.record is not None}
+
+
+def _writer(config: PrepConfig, folder: Path, split: str, dtype: Any) -> ShardWriter | PairWriter:
+    if config.kind == "pairs":
+        return PairWriter(folder, split, dtype=dtype, block_pairs=config.block_pairs,
+                          blocks_per_shard=config.blocks_per_shard)
+    return ShardWriter(folder, split, dtype=dtype, block_tokens=config.block_tokens,
+                       blocks_per_shard=config.blocks_per_shard)
+
+
+def _store(config: PrepConfig, writer: ShardWriter | PairWriter, item: Kept | KeptPair, ids: list[Ids],
+           tally: Tally) -> None:
+    if isinstance(item, KeptPair) and isinstance(writer, PairWriter):
+        push_pair(writer, item, ids, config.sources[item.pair.source].name, tally)
+    elif isinstance(item, Kept) and isinstance(writer, ShardWriter):
+        document = item.document
+        writer.push(ids[0], utf8_bytes=len(document.text), source=document.source, doc_hash=item.doc_hash,
+                    provenance=document.provenance)

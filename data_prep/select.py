@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from data_prep.config import TRAIN, PrepConfig
+from data_prep.config import TRAIN, PairSourceBase, PrepConfig
 from data_prep.sources import Document, SetAside, read_source
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -25,6 +25,14 @@ class Tally:
         entry["bytes"] += size
 
 
+    def move(self, source: str, before: str, after: str, size: int) -> None:
+        """Count one document under another outcome than before."""
+        entry = self.counts[source][before]
+        entry["documents"] -= 1
+        entry["bytes"] -= size
+        self.add(source, after, size)
+
+
 @dataclass(frozen=True, slots=True)
 class Kept:
     """A document of the dataset."""
@@ -33,6 +41,11 @@ class Kept:
     digest: bytes
     """16 bytes: hash of the normalised text."""
     split: str
+
+    @property
+    def texts(self) -> list[bytes]:
+        """What is tokenized: the one text."""
+        return [self.document.text]
 
     @property
     def doc_hash(self) -> int:
@@ -85,6 +98,7 @@ def select(config: PrepConfig, tally: Tally) -> Iterator[Kept | SetAside]:
     splitter = Splitter(config.splits, config.seed)
     seen: set[bytes] = set()
     for number, source in enumerate(config.sources):
+        assert not isinstance(source, PairSourceBase)  # PrepConfig mixes no kinds
         for item in read_source(source, number, config.max_document_bytes):
             if isinstance(item, SetAside):
                 tally.add(source.name, item.reason, 0)

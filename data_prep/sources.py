@@ -51,22 +51,30 @@ def source_files(source: SourceConfig, key: str) -> list[tuple[str, Path]]:
     root = source_folder(source)
     if not root.exists():
         raise ConfigError(f"{key}.path", f"{root} does not exist")
+    if not isinstance(source, StdlibSource):
+        return matching_files(root, source.glob, key)
+    files = matching_files(root, "**/*.py", key)
+    return [(name, path) for name, path in files if SKIPPED_FOLDERS.isdisjoint(path.relative_to(root).parts)]
+
+
+def matching_files(root: Path, pattern: str, key: str) -> list[tuple[str, Path]]:
+    """(path below `root`, file), sorted by the former, of the files that match; `root` may be one file itself.
+
+    Hidden files are left out. Raises ConfigError below `key` where nothing matches.
+    """
     if root.is_file():
-        return [(_spelled(Path(root.name)), root)]
-    pattern = "**/*.py" if isinstance(source, StdlibSource) else source.glob
+        return [(spelled(Path(root.name)), root)]
     try:
         found = [(p.relative_to(root), p) for p in root.glob(pattern) if p.is_file()]
     except (ValueError, NotImplementedError) as error:
         raise ConfigError(f"{key}.glob", f'"{pattern}" is no pattern below {root} ({error})') from None
     found = [(name, p) for name, p in found if not any(part.startswith(".") for part in name.parts)]
-    if isinstance(source, StdlibSource):
-        found = [(name, p) for name, p in found if SKIPPED_FOLDERS.isdisjoint(name.parts)]
     if not found:
         raise ConfigError(f"{key}.glob", f'no file in {root} matches "{pattern}"')
-    return sorted((_spelled(name), p) for name, p in found)
+    return sorted((spelled(name), p) for name, p in found)
 
 
-def _spelled(name: Path) -> str:
+def spelled(name: Path) -> str:
     """A path as text. File names are any bytes, provenance is JSON: what is not UTF-8 is escaped."""
     return os.fsencode(name.as_posix()).decode(errors="backslashreplace")
 
@@ -123,7 +131,7 @@ def _jsonl(path: Path, where: dict[str, Any], number: int, text_field: str,
     line, offset = 0, 0
     longest = 8 * limit + (1 << 20)  # the text with escapes (at most 6 bytes for one) and the other keys
     try:
-        with _open(path) as stream:
+        with open_text(path) as stream:
             while content := stream.readline(longest):
                 line += 1
                 here = where | {"line": line, "offset": offset}
@@ -155,7 +163,7 @@ def _record(content: bytes, where: dict[str, Any], number: int, text_field: str,
         return SetAside(where, "not_utf8", f"lone surrogate at character {error.start}")
 
 
-def _open(path: Path) -> IO[bytes]:
+def open_text(path: Path) -> IO[bytes]:
     """The file's content, decompressed. A compressed file cut short raises EOFError where it ends."""
     if path.suffix == ".gz":
         return gzip.open(path, "rb")  # type: ignore[return-value]

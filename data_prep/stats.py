@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_prep.manifest import Manifest, Split
+from data_prep.pairs import PairReader
 from data_prep.shards import CONTINUES, DOC_BYTES, DOC_FLAGS, DOC_SOURCE, DOC_START, ShardReader
 
 HISTOGRAM_BINS = 33
@@ -30,7 +31,10 @@ class StoredDocument:
 
 @dataclass(slots=True)
 class SplitStats:
-    """Figures of a split. Lengths are in tokens, the end-of-text token included."""
+    """Figures of a split; its `documents` are pairs in a dataset of pairs.
+
+    Lengths are in tokens: of documents with the end-of-text token, of pairs those of query and positive together.
+    """
 
     name: str
     documents: int
@@ -41,7 +45,7 @@ class SplitStats:
     histogram: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(HISTOGRAM_BINS, np.int64))
     """[33]: bin i counts documents of 2^i to 2^(i+1)-1 tokens."""
     by_source: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Source name -> (documents, UTF-8 bytes)."""
+    """Source name -> (documents or pairs, UTF-8 bytes)."""
 
     @property
     def bytes_per_token(self) -> float:
@@ -57,6 +61,8 @@ class SplitStats:
 def split_stats(manifest: Manifest, name: str) -> SplitStats:
     """Figures of one split; reads the rows of documents, never tokens. Raises DataCorruption."""
     split = manifest.split(name)
+    if manifest.kind == "pairs":
+        return _pair_stats(split)
     stats = SplitStats(name, split.docs, split.tokens, split.bytes, split.n_shards)
     names = [source["name"] for source in manifest.provenance.get("config", {}).get("sources", [])]
     open_length = 0  # of a document that may go on in the next shard
@@ -70,6 +76,21 @@ def split_stats(manifest: Manifest, name: str) -> SplitStats:
             open_length = int(whole[-1])
             _count_sources(stats, rows[starts], names)
     _count_lengths(stats, np.array([open_length]))
+    return stats
+
+
+def _pair_stats(split: Split) -> SplitStats:
+    """Figures of a split of pairs: lengths are those of queries and positives together."""
+    stats = SplitStats(split.name, split.docs, split.tokens, split.bytes, split.n_shards)
+    for shard in range(split.n_shards):
+        reader = PairReader(split.tar_path(shard))
+        for number in range(reader.n_blocks):
+            block = reader.block(number)
+            _count_lengths(stats, np.diff(block.offsets["q"]) + np.diff(block.offsets["p"]))
+            for where in reader.provenance(number):
+                label = where.get("source", "unknown")
+                pairs, size = stats.by_source.get(label, (0, 0))
+                stats.by_source[label] = (pairs + 1, size + int(where.get("bytes", 0)))
     return stats
 
 

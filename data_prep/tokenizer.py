@@ -89,11 +89,32 @@ def eos_id(tokenizer: Tokenizer, config: TokenizerConfig) -> int:
     return found
 
 
-def encode(tokenizer: Tokenizer, texts: list[str], eos: int) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
-    """(ids of all texts, each followed by `eos`; [len(texts)] number of ids of each)."""
+def pad_id(tokenizer: Tokenizer, config: TokenizerConfig) -> int:
+    """Id that fills up rows: the config's pad token, else the one a given tokenizer pads with. Raises ConfigError."""
+    found: int | None = tokenizer.token_to_id(config.pad_token)
+    if found is None and config.path is not None:
+        found = (json.loads(Path(config.path).read_bytes()).get("padding") or {}).get("pad_id")
+    if found is None:
+        raise ConfigError("tokenizer.pad_token", f'"{config.pad_token}" is no token of {config.path}, which names none '
+                          "to pad with either; rows of pairs need one")
+    return found
+
+
+def special_ids(tokenizer: Tokenizer, eos: int) -> tuple[list[int], list[int]]:
+    """Ids that the tokenizer's own post-processor puts before and after a text; where it puts none, `eos` after it."""
+    probe = tokenizer.encode("a", add_special_tokens=True)
+    content = [i for i, special in enumerate(probe.special_tokens_mask) if not special]
+    prefix, suffix = probe.ids[:content[0]], probe.ids[content[-1] + 1:]
+    return prefix, suffix if prefix or suffix else [eos]
+
+
+def encode(tokenizer: Tokenizer, texts: list[str],
+           eos: int | None) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
+    """(ids of all texts, each followed by `eos` unless it is None; [len(texts)] number of ids of each)."""
     encoded = [e.ids for e in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
-    lengths = np.fromiter((len(ids) + 1 for ids in encoded), np.int64, len(encoded))
-    flat: Iterator[int] = (i for ids in encoded for i in (*ids, eos))
+    end = () if eos is None else (eos,)
+    lengths = np.fromiter((len(ids) + len(end) for ids in encoded), np.int64, len(encoded))
+    flat: Iterator[int] = (i for ids in encoded for i in (*ids, *end))
     return np.fromiter(flat, np.uint32, int(lengths.sum())), lengths
 
 

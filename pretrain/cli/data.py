@@ -14,6 +14,8 @@ from pretrain.cli.options import JsonOption
 from pretrain.cli.text import excerpt
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
     from data_prep.stats import SplitStats
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, help="Look into prepared data.")
@@ -36,21 +38,22 @@ def stats(folder: DatasetArgument, as_json: JsonOption = False) -> None:
         typer.echo(json.dumps({"fingerprint": manifest.fingerprint, "vocab_size": manifest.vocab_size, "splits": rows}))
         return
     typer.echo(f"{folder}: fingerprint {manifest.fingerprint[:16]}, {manifest.vocab_size:,} token ids, "
-               f"blocks of {manifest.block_tokens:,} tokens")
+               + (f"blocks of {manifest.pairs.block_pairs:,} pairs" if manifest.pairs
+                  else f"blocks of {manifest.block_tokens:,} tokens"))
     for split in found:
-        _print_split(split)
+        _print_split(split, manifest.kind)
 
 
-def _print_split(stats: SplitStats) -> None:
-    typer.echo(f"\n{stats.name}: {stats.documents:,} documents, {stats.tokens:,} tokens, "
+def _print_split(stats: SplitStats, kind: str) -> None:
+    typer.echo(f"\n{stats.name}: {stats.documents:,} {kind}, {stats.tokens:,} tokens, "
                f"{stats.bytes:,} bytes of text, {stats.shards:,} shards")
     if not stats.tokens:
         return
-    typer.echo(f"  {stats.bytes_per_token:.3f} bytes a token; {stats.mean_tokens:,.1f} tokens a document, "
+    typer.echo(f"  {stats.bytes_per_token:.3f} bytes a token; {stats.mean_tokens:,.1f} tokens a {kind[:-1]}, "
                f"longest {stats.longest:,}")
     for source, (documents, size) in stats.by_source.items():
-        typer.echo(f"  source {source}: {documents:,} documents, {size:,} bytes")
-    typer.echo("  tokens a document:")
+        typer.echo(f"  source {source}: {documents:,} {kind}, {size:,} bytes")
+    typer.echo("  tokens a document:" if kind == "documents" else "  tokens a pair, query and positive:")
     counts = stats.histogram.tolist()
     filled = [i for i, count in enumerate(counts) if count]
     for i in range(filled[0], filled[-1] + 1):
@@ -82,25 +85,37 @@ def verify(
 def peek(
     folder: DatasetArgument,
     split: Annotated[str, typer.Option(help="Split of the dataset.")] = "train",
-    n: Annotated[int, typer.Option("--n", min=1, help="Documents to show.")] = 3,
-    offset: Annotated[int, typer.Option(min=0, help="Number of the first document.")] = 0,
+    n: Annotated[int, typer.Option("--n", min=1, help="Documents or pairs to show.")] = 3,
+    offset: Annotated[int, typer.Option(min=0, help="Number of the first.")] = 0,
     chars: Annotated[int, typer.Option(min=0, help="Characters shown of each document; 0: all.")] = 400,
 ) -> None:
     """Show documents as the model will see them, decoded, with source and provenance."""
     from itertools import islice
 
     from data_prep.manifest import TOKENIZER, Manifest
+    from data_prep.pairs import stored_pairs
     from data_prep.stats import stored_documents
     from data_prep.tokenizer import load_tokenizer
     from pretrain.errors import UserError
     manifest = Manifest.load(folder)
     opened = manifest.split(split)
     if offset >= opened.docs:
-        raise UserError(f"--offset {offset}: split {split} of {folder} has {opened.docs:,} documents, counted from 0")
+        raise UserError(f"--offset {offset}: split {split} of {folder} has {opened.docs:,} {manifest.kind}, "
+                        "counted from 0")
     tokenizer = load_tokenizer(folder / TOKENIZER) if manifest.tokenizer_sha256 else None
+    if manifest.kind == "pairs":
+        for pair in islice(stored_pairs(opened, offset), n):
+            typer.echo(f"--- {split} {offset}: {json.dumps(pair.provenance, ensure_ascii=False)}")
+            sides = [("query", pair.query), ("positive", pair.positive), *(("negative", ids) for ids in pair.negatives)]
+            for side, ids in sides:
+                typer.echo(f"{side}, {len(ids):,} tokens: {excerpt(_decoded(tokenizer, ids.tolist()), chars)}")
+            offset += 1
+        return
     for document in islice(stored_documents(opened, offset), n):
         typer.echo(f"--- {split} {document.position}: {len(document.tokens):,} tokens, {document.utf8_bytes:,} bytes, "
                    f"{json.dumps(document.provenance, ensure_ascii=False)}")
-        ids = document.tokens.tolist()
-        text = tokenizer.decode(ids, skip_special_tokens=False) if tokenizer else " ".join(map(str, ids))
-        typer.echo(excerpt(text, chars))
+        typer.echo(excerpt(_decoded(tokenizer, document.tokens.tolist()), chars))
+
+
+def _decoded(tokenizer: Tokenizer | None, ids: list[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=False) if tokenizer else " ".join(map(str, ids))

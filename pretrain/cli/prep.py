@@ -47,7 +47,8 @@ def prep(
     for source, outcomes in manifest.provenance["counts"].items():
         typer.echo(f"{source}: " + ", ".join(f"{n['documents']:,} {outcome}" for outcome, n in outcomes.items()))
     for name, split in manifest.splits.items():
-        typer.echo(f"{name}: {split.docs:,} documents, {split.tokens:,} tokens, {split.bytes / 1e6:.2f} MB of text")
+        typer.echo(f"{name}: {split.docs:,} {manifest.kind}, {split.tokens:,} tokens, "
+                   f"{split.bytes / 1e6:.2f} MB of text")
         if not split.docs:
             typer.echo(f"warning: split {name} is empty; give it a larger share than {loaded.splits[name]:g}", err=True)
     typer.echo(f"{loaded.out}: {manifest.vocab_size:,} token ids, {size / 1e6:.1f} MB of text in {seconds:.1f} s "

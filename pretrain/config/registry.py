@@ -25,11 +25,13 @@ OBJECTIVES: dict[str, str] = {
 }
 SOURCE_SCHEMAS: dict[str, str] = {
     "shards": "pretrain.config.source:ShardsConfig",
+    "pairs": "pretrain.config.source:PairsConfig",
     "mixture": "pretrain.config.source:MixtureConfig",
     "synthetic": "pretrain.config.source:SyntheticConfig",
 }
 SOURCES: dict[str, str] = {
     "shards": "pretrain.data.shards:open_shards",
+    "pairs": "pretrain.data.pairs:open_pairs",
     "mixture": "pretrain.data.mixture:open_mixture",
     "synthetic": "pretrain.data.synthetic:open_synthetic",
 }

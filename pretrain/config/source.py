@@ -33,6 +33,20 @@ class ShardsConfig(SourceConfig):
         "auto", description="full: hash all shards before the first step; touch: each at first use; auto: full to 2 GB")
 
 
+class PairsConfig(SourceConfig):
+    """Pairs of a prepared dataset: query, positive and negatives, padded."""
+
+    kind: Literal["pairs"] = "pairs"
+    path: str = Field(description="dataset folder written by `pretrain prep` from sources of pairs")
+    split: str = Field("train", description="split of the dataset")
+    query_length: int = Field(64, ge=2, le=1 << 20, description="tokens a query is cut to, special tokens included")
+    passage_length: int = Field(256, ge=2, le=1 << 20, description="tokens a passage is cut to, the special ones too")
+    negatives_per_query: int = Field(0, ge=0, le=64, description="negatives drawn for each pair")
+    seed: int = Field(0, ge=0, lt=1 << 63, description="key of the draw of negatives")
+    verify: Literal["full", "touch", "off", "auto"] = Field(
+        "auto", description="full: hash all shards before the first step; touch: each at first use; auto: full to 2 GB")
+
+
 class SyntheticConfig(SourceConfig):
     """Samples without files, for tests, benchmarks and dry runs."""
 

@@ -14,7 +14,7 @@ from data_prep.files import canonical_json
 from data_prep.manifest import Manifest
 from pretrain.config.registry import SOURCES, resolve
 from pretrain.config.run import ResolvedBatch, RunConfig
-from pretrain.config.source import DataConfig, ShardsConfig, SourceConfig
+from pretrain.config.source import DataConfig, PairsConfig, ShardsConfig, SourceConfig
 from pretrain.data.batch import Batch, SampleSource
 from pretrain.data.loader import read_rows
 from pretrain.data.mixture import MixtureSource
@@ -108,10 +108,10 @@ def open_validation(config: RunConfig) -> SampleSource | None:
     training = data.source
     if data.validation is not None:
         validation = open_source(data.validation, data)
-        like = Manifest.read(Path(training.path)) if isinstance(training, ShardsConfig) else validation
+        like = Manifest.read(Path(training.path)) if isinstance(training, ShardsConfig | PairsConfig) else validation
         check_tokens(validation, "data.validation", config, like=like, like_key="data.source")
         return validation
-    if isinstance(training, ShardsConfig) and VALIDATION_SPLIT in Manifest.load(training.path).splits:
+    if isinstance(training, ShardsConfig | PairsConfig) and VALIDATION_SPLIT in Manifest.load(training.path).splits:
         return open_source(training.model_copy(update={"split": VALIDATION_SPLIT}), data)
     return None
 
