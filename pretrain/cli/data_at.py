@@ -12,6 +12,7 @@ from pretrain.cli.options import JsonOption
 from pretrain.cli.text import excerpt
 
 if TYPE_CHECKING:
+    import torch
     from tokenizers import Tokenizer
 
     from pretrain.config.run import RunConfig
@@ -63,6 +64,7 @@ def _sample(training: TrainingData, k: int, row: int, tokenizers: dict[Path, Tok
     """One row of a batch in plain values."""
     from pretrain.data.loader import read_rows
     from pretrain.data.mixture import MixtureSource
+    from pretrain.data.pairs import PairSource
     from pretrain.data.shards import ShardSource
     batch = read_rows(training.source, training.order, k, row, row + 1)
     window = int(batch["source_ids"][0])
@@ -75,16 +77,27 @@ def _sample(training: TrainingData, k: int, row: int, tokenizers: dict[Path, Tok
     if isinstance(source, ShardSource):
         start = window * source.stride
         sample |= {"tokens": [start, start + source.seq_len - 1], "documents": source.provenance(window)}
-    ids = batch["input_ids"][0].tolist() if "input_ids" in batch.tensors else []
+    sides = [""]
+    if isinstance(source, PairSource):
+        sample["documents"], sides = source.provenance(window), ["query_", "positive_"]
+    ids = [i for side in sides if f"{side}input_ids" in batch.tensors
+           for i in _unpadded(batch[f"{side}input_ids"][0], batch.tensors.get(f"{side}attention_mask"))]
     return sample | {"text": _decode(source, ids, tokenizers)}
+
+
+def _unpadded(ids: torch.Tensor, masks: torch.Tensor | None) -> list[int]:
+    """Ids [T] of a row without those that its mask [1, T] hides."""
+    kept: list[int] = (ids if masks is None else ids[masks[0]]).tolist()
+    return kept
 
 
 def _decode(source: SampleSource, ids: list[int], tokenizers: dict[Path, Tokenizer]) -> str:
     """Text of the ids, or the ids where the dataset has no tokenizer; `tokenizers` keeps those loaded."""
     from data_prep.manifest import TOKENIZER
     from data_prep.tokenizer import load_tokenizer
+    from pretrain.data.pairs import PairSource
     from pretrain.data.shards import ShardSource
-    if not isinstance(source, ShardSource) or source.manifest.tokenizer_sha256 is None:
+    if not isinstance(source, ShardSource | PairSource) or source.manifest.tokenizer_sha256 is None:
         return " ".join(map(str, ids))
     path = source.manifest.folder / TOKENIZER
     if path not in tokenizers:

@@ -168,3 +168,15 @@ def test_faults_are_named(folder, tmp_path):
 def _as_shards(folder):
     data = DataConfig.model_validate({"source": {"kind": "shards", "path": str(folder)}, "seq_len": 2})
     return data.source, data
+
+
+def test_data_at_shows_the_pair_of_a_row(folder, pairs):
+    from pretrain.cli.data_at import _sample
+    from pretrain.data.open import TrainingData
+    source = open_pairs(folder)
+    order = GlobalOrder([N], global_batch_size=BATCH, seed=5, order=OrderConfig())
+    shown = _sample(TrainingData(source, order, "", order.epoch_samples), 1, 3, {})
+    pair = pairs[shown["window"]]
+    assert shown["documents"] == [{"pair": shown["window"]}]
+    texts = [row_of(pair.query, 7, 0)[0], row_of(pair.positive, 12, 0)[0]]
+    assert shown["text"].split() == [str(i) for text in texts for i in text]
