@@ -32,7 +32,7 @@ def train(config: ConfigArgument = None, preset: PresetOption = None, *, sets: S
     from pretrain.engine.launcher import launch, rank_environment, worker_command
     from pretrain.engine.stopping import StopSignals
     own = rank_environment(os.environ) if not dry_run else None
-    signals = StopSignals.installed() if own is not None else None
+    signals = StopSignals.installed(is_main=own.rank == 0) if own is not None else None
     loaded = load_config(config, preset, sets)
     settings = loaded.config.launch
     if dry_run:

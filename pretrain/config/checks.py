@@ -76,6 +76,11 @@ def _spikes(config: RunConfig) -> Iterator[ConfigError]:
 
 
 def _schedule(config: RunConfig) -> Iterator[ConfigError]:
+    for key in ("patience", "target_perplexity"):
+        value = getattr(config.train, key)
+        if value is not None and config.eval.every is None:
+            yield ConfigError(f"train.{key}", f"{value} is judged at evaluations, but eval.every is null; "
+                              f"give eval.every an interval or leave train.{key} out")
     if config.schedule.name == "plateau" and config.eval.every is None:
         yield ConfigError("schedule.name", "plateau cuts the rate at evaluations, but eval.every is null; "
                           "give eval.every an interval or choose another schedule")

@@ -46,10 +46,8 @@ def run_rank(loaded: LoadedConfig, own: RankEnvironment, signals: StopSignals, m
         if told is not None:  # torchrun and srun end the others with a signal once one rank has failed
             _record(claim, told.code, f"error on rank {told.rank}", told.line)
             shutdown(told.code)
-        if own.rank == 0:
-            print(f"stopped before the first step ({signals.reason}); the same command starts again", file=sys.stderr)
         _record(claim, ExitCode.STOPPED, signals.reason, "")
-        shutdown(ExitCode.STOPPED)
+        signals.leave_at_once()
 
     signals.leave = leave_early
     try:

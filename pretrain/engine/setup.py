@@ -155,6 +155,16 @@ def check_changes(claim: Claim, config: RunConfig) -> None:
         raise UserError(f"{claim.resume.path}: is of another model ({_told(other)}); {_CURE}")
 
 
+def check_evaluations(config: RunConfig, evaluators: Sequence[Evaluator]) -> None:
+    """Raise ConfigError where something waits for evaluations that will never come."""
+    waits = {"train.patience": config.train.patience, "train.target_perplexity": config.train.target_perplexity,
+             "schedule.name": "plateau" if config.schedule.name == "plateau" else None}
+    for key, value in waits.items():
+        if value is not None and not evaluators:
+            raise ConfigError(key, f"{value} is judged at evaluations, but there is nothing to evaluate on: the data "
+                              "have no split val; name a data.validation or leave it out")
+
+
 def _told(changes: Sequence[tuple[str, Any, Any]]) -> str:
     return "; ".join(f"{key} is {old} in the run, {new} here" for key, old, new in changes)
 
@@ -187,6 +197,7 @@ def prepare(loaded: LoadedConfig, world: World, claim: Claim, evaluators: Sequen
     """Everything between the claim on the run folder and the first step. Collective."""
     config = loaded.config
     world.all_or_none(lambda: check_changes(claim, config))
+    world.all_or_none(lambda: check_evaluations(config, evaluators))
     family, batch, precision = world.all_or_none(lambda: choose(config, world))
     if "fp32" in world.gather_objects(precision):  # ranks on unequal hardware
         precision = "fp32"

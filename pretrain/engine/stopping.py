@@ -31,22 +31,30 @@ class StopSignals:
     always ends the process at once with 130.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_main: bool) -> None:
         self.reason = ""
         """Name of the first signal; empty where none came."""
-        self.leave: Callable[[], None] = lambda: os._exit(int(ExitCode.STOPPED))
+        self.leave: Callable[[], None] = self.leave_at_once
         """What ends this process before training. Does not return."""
+        self._is_main = is_main
         self._interrupts = 0
         self._holding = False
 
     @classmethod
-    def installed(cls) -> StopSignals:
+    def installed(cls, *, is_main: bool) -> StopSignals:
         """Handlers that answer from now on; our launcher starts ranks with these signals blocked until then."""
-        signals = cls()
+        signals = cls(is_main=is_main)
         for number in STOP_SIGNALS:
             signal.signal(number, signals._on_signal)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         return signals
+
+    def leave_at_once(self) -> None:
+        """End this process with 85; rank 0 says so."""
+        if self._is_main:
+            line = f"stopped before the first step ({self.reason}); the same command starts again\n"
+            os.write(sys.stderr.fileno(), line.encode())
+        os._exit(int(ExitCode.STOPPED))
 
     def hold(self) -> None:
         """Training begins: keep the next signal for a step boundary."""

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from pretrain.config.interval import Progress
 from pretrain.config.load import load_run_config
 from pretrain.config.run import ResolvedBatch, RunConfig
+from pretrain.config.suggest import nearest
 from pretrain.data.batch import Batch
 from pretrain.data.loader import Update as LoadedUpdate
 from pretrain.data.loader import UpdateLoader
@@ -240,6 +241,9 @@ class Trainer:
             finally:
                 self.engine.ds.train(was_training)
         self.reporter.evaluation(self.state, self.progress, results)
+        metric = self.config.eval.metric
+        if metric not in results and len(evaluators) == len(self.evaluators) and self.engine.world.is_main:
+            _log.warning("eval.metric: no evaluation gives %s%s; nothing is selected", metric, nearest(metric, results))
         return self._judge(results)
 
     def _judge(self, results: dict[str, Metric]) -> bool:

@@ -31,6 +31,7 @@ def refused(run: Forked, code: int, *fragments: str) -> None:
     (("optim.larning_rate=1",), ("optim.larning_rate", "--set")),
     (("batch.global_batch_size=7", "launch.nproc=2"), ("batch.global_batch_size", "7", "2 ranks", "6 or 8")),
     (("engine.precision=bf16", "engine.zero_stage=1"), ("engine.precision", "engine.zero_stage")),
+    (("train.patience=2", "eval.every=null"), ("train.patience", "2", "eval.every is null")),
     (("launch.port=1",), ("launch.port", "1", "leave it out")),
 ], ids=lambda value: value[0] if isinstance(value, tuple) else None)
 def test_what_a_config_can_tell_is_refused_before_a_rank_starts(sets: Args, fragments: Args, warm: Warm, folder: Path
@@ -50,6 +51,8 @@ def test_what_a_config_can_tell_is_refused_before_a_rank_starts(sets: Args, frag
     (("data.seq_len=64", "data.validation={kind: shards, path: set, split: vall}"), 2, ("vall", "val")),
     (("model.vocab_size=200",), 2, ("model.vocab_size", "200 is too small for data.source", "299", "300 or more")),
     (("data.source={kind: synthetic, vocab_size: 1000}",), 2, ("model.vocab_size", "300 is too small", "1000 or more")),
+    (("train.patience=2", "data.source={kind: synthetic, vocab_size: 100}"), 2,
+     ("train.patience", "nothing to evaluate on", "data.validation")),
     (("train.init_from=nowhere",), 2, ("train.init_from", "nowhere does not exist")),
     (("train.length=3 epochs", "data.source={kind: mixture, parts: [{weight: 1, source: {kind: shards, path: set}}]}"),
      2, ("train.length", "epochs")),
