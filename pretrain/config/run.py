@@ -155,7 +155,9 @@ class LaunchConfig(Section):
 
     nproc: int = Field(1, ge=1, le=1024, description="processes on this machine")
     port: int | None = Field(None, ge=1, le=65535, description="rendezvous port; null: a free one")
-    timeout: float = Field(300.0, gt=0, description="seconds for all ranks to come together, and for each collective")
+    timeout: float = Field(300.0, gt=0, description="seconds for all ranks to come together")
+    hang_timeout: float | None = Field(1800.0, gt=0, description="seconds without progress of a rank before exit 6; "
+                                       "null: no watch, and collectives end after launch.timeout")
     threads: int | None = Field(None, ge=1, description="CPU threads a process; null: cores / nproc")
 
 

@@ -38,9 +38,12 @@ class Engine:
     grad_clip: float
     world: World
     keepalive: Any = field(default=None, repr=False)
+    forwards: int = 0
+    """Forward passes so far."""
 
     def forward(self, **inputs: Any) -> Any:
         """The model's forward through DeepSpeed's hooks."""
+        self.forwards += 1
         return self.ds(**inputs)
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:

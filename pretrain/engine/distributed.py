@@ -196,8 +196,9 @@ def _retold(told: Told, own: Exception | None) -> Exception:
     return error
 
 
-def join(own: RankEnvironment, *, timeout_s: float, force_cpu: bool = False) -> World:
-    """Meet the other ranks and start the process groups.
+def join(own: RankEnvironment, *, timeout_s: float, collective_s: float | None = None,
+         force_cpu: bool = False) -> World:
+    """Meet the other ranks and start the process groups. Collectives fail after `collective_s` (None: `timeout_s`).
 
     Raises UserError, the same on every rank that came, naming the ranks that did not come within `timeout_s`.
     """
@@ -206,7 +207,7 @@ def join(own: RankEnvironment, *, timeout_s: float, force_cpu: bool = False) -> 
     cuda = torch.cuda.is_available() and not force_cpu
     if not cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    timeout = datetime.timedelta(seconds=timeout_s)
+    timeout = datetime.timedelta(seconds=collective_s or timeout_s)
     store = _meet(own, timeout_s)
     device = torch.device("cuda", own.local_rank) if cuda else torch.device("cpu")
     if cuda:

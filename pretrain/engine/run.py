@@ -22,6 +22,7 @@ from pretrain.engine.evaluator import Evaluator
 from pretrain.engine.launcher import RankEnvironment
 from pretrain.engine.setup import Claim, claim_run, prepare
 from pretrain.engine.stopping import StopSignals
+from pretrain.engine.watch import watching
 from pretrain.errors import ExitCode, PretrainError
 from pretrain.monitor.logs import setup_logging
 from pretrain.runfolder.status import Status
@@ -30,6 +31,8 @@ EvaluatorFactory = Callable[[RunConfig], Sequence[Evaluator]]
 AfterRun = Callable[[LoadedConfig], None]
 _LOST_PEER = re.compile(r"connection (was )?(closed|reset)|broken pipe|remote process exited", re.IGNORECASE)
 """What gloo and NCCL say where another rank has died."""
+_AFTER_HANG_S = 120.0
+"""Seconds by which a collective outlives the discovery of a hang."""
 _log = logging.getLogger("pretrain")
 
 
@@ -53,7 +56,10 @@ def run_rank(loaded: LoadedConfig, own: RankEnvironment, signals: StopSignals, m
     try:
         setup_logging(log_level, None, own.rank)
         _threads(loaded.config)
-        world = join(own, timeout_s=loaded.config.launch.timeout)
+        settings = loaded.config.launch
+        # A collective that failed before a hang is found would hide which rank it is.
+        world = join(own, timeout_s=settings.timeout, collective_s=max(
+            settings.timeout, settings.hang_timeout + _AFTER_HANG_S) if settings.hang_timeout else None)
         claim = claim_run(loaded, world)
         console = setup_logging(log_level, claim.folder.log_file, world.rank)
         code = _train(loaded, world, claim, signals, make_evaluators, console)
@@ -80,7 +86,8 @@ def _train(loaded: LoadedConfig, world: World, claim: Claim, signals: StopSignal
         trainer = prepare(loaded, world, claim, evaluators, console, signals)
         signals.hold()
         try:
-            code = trainer.train()
+            with watching(trainer, claim):
+                code = trainer.train()
         finally:
             trainer.loader.close()
             trainer.keeper.close()

@@ -22,12 +22,19 @@ class TimeShares:
         self._timer = timer
         self._seconds = dict.fromkeys(PHASES, 0.0)
         self._stack = ["other"]
+        self.entered = 0
+        """Phases entered so far."""
         self._mark = timer()
         self._phases = {name: _Phase(self, name) for name in PHASES}
 
     def phase(self, name: str) -> _Phase:
         """Context in which time counts for `name`, one of `PHASES`."""
         return self._phases[name]
+
+    @property
+    def current(self) -> str:
+        """The phase of this moment; may be asked from another thread."""
+        return self._stack[-1]
 
     def take(self) -> dict[str, float]:
         """Seconds per phase since the last call."""
@@ -43,6 +50,7 @@ class TimeShares:
     def _enter(self, name: str) -> None:
         self._charge()
         self._stack.append(name)
+        self.entered += 1
 
     def _leave(self) -> None:
         self._charge()

@@ -151,6 +151,14 @@ class RunFolder:
         """Report for people."""
         return self.root / "report.html"
 
+    def heartbeat_dir(self, fence: int) -> Path:
+        """Signs of life of the ranks of one start."""
+        return self.root / "heartbeat" / f"f{fence}"
+
+    def hang_dir(self, fence: int) -> Path:
+        """Stacks of the ranks of a start that hung."""
+        return self.root / f"hang-f{fence}"
+
     def tmp_checkpoint(self, step: int, fence: int) -> Path:
         """Where a checkpoint is written before it is published. The folder is not made."""
         return self.checkpoints_dir / f".tmp-f{fence}-step-{step}"
