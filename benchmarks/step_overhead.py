@@ -62,7 +62,8 @@ def main() -> None:
         for over, under in (("trainer", "engine"), ("engine", "bare"), ("trainer", "bare")):
             ratios = [a / b for a, b in zip(values[over], values[under], strict=True)]
             results[f"{clock} ratio, {over} / {under}"] = Summary.of(ratios, "x")
-    results["loader, share of the trainer's CPU"] = statistics.median(reading) / statistics.median(rows["cpu"]["trainer"])
+    share = statistics.median(reading) / statistics.median(rows["cpu"]["trainer"])
+    results["loader, share of the trainer's CPU"] = share
     for name, value in results.items():
         print(f"{name}: {value}")
     write_results("step_overhead", results)
