@@ -5,6 +5,8 @@ What is left out is the start of the interpreter; from `pretrain.cli.main.main` 
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
 import os
 import signal
@@ -17,6 +19,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+LATE = ("torch._dynamo.backends.debugging", "torch._dynamo.testing", "deepspeed.module_inject.auto_ep_layer",
+        "deepspeed.runtime.zero.muon.muon_optimizer", "evaluation.perplexity", "evaluation.report_page")
+"""What a run imports on the way; each costs time only, whether it is found here or not."""
 
 
 @dataclass
@@ -113,7 +118,9 @@ def serve() -> None:
     import pretrain.engine.run
     import pretrain.models.baseline.family
     import pretrain.objectives.causal_lm  # noqa: F401
-
+    for name in LATE:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
     print("ready", flush=True)
     for line in sys.stdin:
         request = json.loads(line)
