@@ -38,7 +38,7 @@ class Place:
     k: int
     step: int
     moves: int
-    """Rises with every phase entered and every forward: a long evaluation is progress."""
+    """Rises with every phase entered or left and every forward: a long evaluation is progress."""
     phase: str
 
 
@@ -62,7 +62,7 @@ def watching(trainer: Trainer, claim: Claim) -> contextlib.AbstractContextManage
 
     def where() -> Place:
         clock = trainer.reporter.clock
-        return Place(trainer.state.k, trainer.state.step, clock.entered + trainer.engine.forwards, clock.current)
+        return Place(trainer.state.k, trainer.state.step, clock.moves + trainer.engine.forwards, clock.current)
 
     return Watch(claim.folder, fence, world.rank, world.size, timeout_s, where).watching()
 
@@ -137,10 +137,12 @@ class Watch:
             stuck = {r: seen for r, seen in stuck.items() if r in silent}
         if not stuck:
             return None
-        late = [r for r in stuck if r in silent]
+        # Ranks come to rest within a moment of each other: the first past the limit need not be the one to blame.
+        resting = {r: seen for r, seen in self._seen.items() if now - seen.moved > self._timeout_s / 2}
+        late = [r for r in resting if r in silent]
         if not late:
-            behind = min((seen.place.k, seen.place.moves) for seen in stuck.values())
-            late = [r for r, seen in stuck.items() if (seen.place.k, seen.place.moves) == behind]
+            behind = min((seen.place.k, seen.place.moves) for seen in resting.values())
+            late = [r for r, seen in resting.items() if (seen.place.k, seen.place.moves) == behind]
         line = "; ".join(self._told(r, r in silent, now) for r in late[:8])
         with contextlib.suppress(FileExistsError), open(verdict, "x") as file:
             file.write(line)

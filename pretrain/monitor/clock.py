@@ -22,8 +22,8 @@ class TimeShares:
         self._timer = timer
         self._seconds = dict.fromkeys(PHASES, 0.0)
         self._stack = ["other"]
-        self.entered = 0
-        """Phases entered so far."""
+        self.moves = 0
+        """Phases entered and left so far: ranks that do the same work count alike."""
         self._mark = timer()
         self._phases = {name: _Phase(self, name) for name in PHASES}
 
@@ -50,11 +50,12 @@ class TimeShares:
     def _enter(self, name: str) -> None:
         self._charge()
         self._stack.append(name)
-        self.entered += 1
+        self.moves += 1
 
     def _leave(self) -> None:
         self._charge()
         self._stack.pop()
+        self.moves += 1
 
 
 class _Phase:
