@@ -21,6 +21,7 @@ SAVE, STOP, EVAL, RELOAD = 1, 2, 4, 8
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _CONTROL_BITS = {"save": SAVE, "stop": SAVE | STOP, "save_and_stop": SAVE | STOP, "eval": EVAL, "reload_lr": RELOAD}
 _POLL_SECONDS = 1.0
+_SHOW_CURSOR = b"\x1b[?25h"
 
 
 class StopSignals:
@@ -64,7 +65,8 @@ class StopSignals:
         if number == signal.SIGINT:
             self._interrupts += 1
             if self._interrupts > 1:
-                os.write(sys.stderr.fileno(), b"interrupted twice: leaving without a checkpoint\n")
+                shown = _SHOW_CURSOR if os.isatty(sys.stderr.fileno()) else b""  # a progress bar has hidden it
+                os.write(sys.stderr.fileno(), shown + b"interrupted twice: leaving without a checkpoint\n")
                 os._exit(int(ExitCode.INTERRUPTED))
         self.reason = self.reason or signal.Signals(number).name
         if not self._holding:
