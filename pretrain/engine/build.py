@@ -79,10 +79,6 @@ class Engine:
         self.ds.step()
         return StepOutcome(finite, value)
 
-    def discard_gradients(self) -> None:
-        """Forget what was accumulated, outside of a step."""
-        self.ds.optimizer.zero_grad() if self.stage else self.ds.zero_grad()
-
     def parameter(self, name: str) -> torch.nn.Parameter:
         """A parameter of the model by its dotted name."""
         return self.model.get_parameter(name)

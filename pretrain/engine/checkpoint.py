@@ -5,7 +5,7 @@
                 extra.safetensors  what DeepSpeed forgets: frozen parameters, buffers, tensors of the family's hooks
                 state.json         cursor, counters, schedule, hooks' scalars
                 rng-R.safetensors  random state of rank R
-                probe.safetensors  one micro-batch;  probe.json: the figures the weights give on it
+                probe.safetensors  one micro-batch;  probe.json: the figures the weights give on it, and where
 
 Written aside as `.tmp-fF-step-N`, hashed by the rank that wrote, fsynced, then renamed by rank 0.
 """
@@ -31,7 +31,7 @@ from pretrain.engine.shards import PRIVATE, TAG
 from pretrain.errors import DataCorruption, UserError
 from pretrain.runfolder.layout import CheckpointRef, RunFolder
 from pretrain.runfolder.lease import Lease
-from pretrain.runfolder.publish import Manifest, fsync, hash_file, publish_dir, require_space, write_json_atomic
+from pretrain.runfolder.publish import Manifest, fsync, hash_file, replace_dir, require_space, write_json_atomic
 
 _RANK_FILE = re.compile(r"(?:zero_pp_rank_|rng-)(\d+)[_.]")
 _log = logging.getLogger("pretrain")
@@ -79,7 +79,7 @@ def save(engine: Engine, folder: RunFolder, lease: Lease | None, snapshot: Snaps
         Manifest.collect(temporary, hashes, step=step, k=int(snapshot.state["k"]), fence=_held(lease).fence,
                          world=world.size, stage=engine.stage, dtype=engine.precision).write(temporary)
         ref = folder.final_checkpoint(step, _held(lease).fence)
-        publish_dir(temporary, ref.path)
+        replace_dir(temporary, ref.path)
         folder.write_pointer("latest", ref)
         return ref
 
@@ -136,15 +136,16 @@ def _collect_extra(engine: Engine, hooks: Mapping[str, Any]) -> dict[str, torch.
 def _write_shared(engine: Engine, temporary: Path, snapshot: Snapshot, figures: Mapping[str, float]) -> None:
     """What belongs to no rank, written by rank 0; all ranks take part in gathering frozen parameters."""
     extra = _collect_extra(engine, snapshot.hooks)
-    engine.world.on_main(lambda: _write_main(temporary, snapshot, figures, extra))
+    proof = {"figures": {k: float.hex(v) for k, v in figures.items()}, "hardware": probe.hardware(engine),
+             "controls": snapshot.controls}
+    engine.world.on_main(lambda: _write_main(temporary, snapshot, proof, extra))
 
 
-def _write_main(temporary: Path, snapshot: Snapshot, figures: Mapping[str, float],
+def _write_main(temporary: Path, snapshot: Snapshot, proof: Mapping[str, Any],
                 extra: dict[str, torch.Tensor]) -> None:
     save_file(extra, temporary / "extra.safetensors")
     save_file({k: v.cpu().contiguous() for k, v in snapshot.probe_inputs.items()}, temporary / "probe.safetensors")
-    write_json_atomic(temporary / "probe.json", {"figures": {k: float.hex(v) for k, v in figures.items()},
-                                                 "controls": snapshot.controls})
+    write_json_atomic(temporary / "probe.json", proof)
     scalars = {k: v for k, v in snapshot.hooks.items() if not torch.is_tensor(v)}
     write_json_atomic(temporary / "state.json", {
         "state": snapshot.state, "schedule": snapshot.schedule, "health": snapshot.health, "hooks": scalars,
@@ -179,7 +180,8 @@ def load(engine: Engine, ref: CheckpointRef, seed: int) -> Snapshot:
     inputs = load_file(ref.path / "probe.safetensors")
     saved = json.loads((ref.path / "probe.json").read_text())
     figures = probe.measure(engine, inputs, saved["controls"])
-    probe.compare({k: float.fromhex(v) for k, v in saved["figures"].items()}, figures, exact=same_layout,
+    exact = same_layout and saved["hardware"] == probe.hardware(engine)
+    probe.compare({k: float.fromhex(v) for k, v in saved["figures"].items()}, figures, exact=exact,
                   precisions=(manifest.dtype, engine.precision), where=str(ref.path))
     if manifest.world == world.size:
         rng.restore(load_file(ref.path / f"rng-{world.rank}.safetensors"))

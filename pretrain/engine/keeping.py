@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
+from collections.abc import Mapping
+from typing import Any
 
 from pretrain.config.run import CheckpointConfig
 from pretrain.engine import checkpoint
@@ -41,7 +44,7 @@ class Keeper:
 
         Where a new one is written, the count of saves in the snapshot's state rises by one.
         """
-        ref = engine.world.on_main(lambda: self._existing(int(snapshot.state["step"])))
+        ref = engine.world.on_main(lambda: self._existing(snapshot.state))
         if ref is None:
             snapshot.state["saves"] += 1
             ref = checkpoint.save(engine, self.folder, self._lease, snapshot)
@@ -55,11 +58,23 @@ class Keeper:
             self._forget(snapshot.state["best_steps"], ref)
         return ref
 
-    def _existing(self, step: int) -> CheckpointRef | None:
-        """The checkpoint of this step that this process has written already (a stop right after a periodic save)."""
+    def _existing(self, state: Mapping[str, Any]) -> CheckpointRef | None:
+        """The checkpoint of this step that this process has written already, where it needs no replacement.
+
+        It does where the state has changed since at the same step: skipped batches, another learning rate, a verdict.
+        """
         assert self._lease is not None
-        ref = self.folder.final_checkpoint(step, self._lease.fence)
-        return ref if ref.path.exists() else None
+        ref = self.folder.final_checkpoint(int(state["step"]), self._lease.fence)
+        if not ref.path.exists():
+            return None
+        stored = json.loads((ref.path / "state.json").read_text())["state"]
+        if stored == json.loads(json.dumps(state)):
+            return ref
+        if live_pins(ref):
+            _log.warning("%s: is being read and keeps its older state: %s", ref.path,
+                         ", ".join(sorted(key for key, value in state.items() if stored.get(key) != value)))
+            return ref
+        return None
 
     def _forget(self, best_steps: list[int], latest: CheckpointRef) -> None:
         """Delete what no rule keeps. A failure here never stops training."""

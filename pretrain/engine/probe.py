@@ -13,7 +13,7 @@ from pretrain.errors import DataCorruption
 from pretrain.models.base import EncoderOutput, LMOutput
 
 RTOL_OTHER_WORLD = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 2e-3}
-"""Tolerance where world size or stage changed. In bf16 the model copy is re-rounded from fp32 in another order."""
+"""Tolerance where world size, stage or hardware changed."""
 
 
 def measure(engine: Engine, inputs: Mapping[str, torch.Tensor], controls: Mapping[str, float]) -> dict[str, float]:
@@ -29,6 +29,14 @@ def measure(engine: Engine, inputs: Mapping[str, torch.Tensor], controls: Mappin
         finally:
             engine.ds.train(was_training)
     return figures(output)
+
+
+def hardware(engine: Engine) -> list[str]:
+    """What the last bits of a figure depend on beside the weights: torch, the device, and threads on a CPU."""
+    device = engine.world.device
+    if device.type == "cuda":
+        return [torch.__version__, torch.cuda.get_device_name(device)]
+    return [torch.__version__, device.type, torch.backends.cpu.get_cpu_capability(), str(torch.get_num_threads())]
 
 
 def figures(output: Any) -> dict[str, float]:

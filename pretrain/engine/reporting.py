@@ -57,8 +57,8 @@ class Reporter:
             yield
 
     def add(self, update: Update, lr: float, step: int, tokens: int) -> None:
-        """Take in one update of `tokens` tokens; its sums stay on the device."""
-        for name, (total, count) in update.metrics.items():
+        """Take in one update of `tokens` tokens; its sums stay on the device. A skipped one has none worth adding."""
+        for name, (total, count) in update.metrics.items() if update.outcome.applied else ():
             if name in self._sums:
                 total, count = total + self._sums[name][0], count + self._sums[name][1]
             self._sums[name] = (total, count)

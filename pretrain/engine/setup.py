@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from rich.console import Console
 from transformers import PreTrainedModel
@@ -284,6 +285,11 @@ class Lengths:
                    steps("checkpoint.keep_every", config.checkpoint.keep_every) or None)
 
 
+def process_age() -> float:
+    """Seconds since this process started: a time limit counts the start-up too."""
+    return time.time() - psutil.Process().create_time()
+
+
 def _assemble(config: RunConfig, batch: ResolvedBatch, world: World, claim: Claim, engine: Engine, family: Family,
               data: TrainingData, hooks: Hooks, evaluators: Sequence[Evaluator], console: Console, lengths: Lengths,
               signals: StopSignals | None, *, start_k: int) -> Trainer:
@@ -310,7 +316,7 @@ def _assemble(config: RunConfig, batch: ResolvedBatch, world: World, claim: Clai
                         Throughput(total_steps=steps, flops_per_token=config.model.flops_per_token(config.data.seq_len),
                                    peak_flops=peak, devices=world.size), writer, progress, claim.status, diagnose)
     stop = StopRequests(claim.folder, signals, is_main=world.is_main, max_hours=config.train.max_hours,
-                        started=time.monotonic())
+                        started=time.monotonic() - process_age())
     profile = config.monitor.profile_steps
     objective = resolve(OBJECTIVES, config.objective.name, "objective.name")(config.objective)
     return Trainer(

@@ -33,7 +33,7 @@ from pretrain.engine.state import RunState
 from pretrain.engine.stopping import EVAL, RELOAD, SAVE, STOP, StopRequests
 from pretrain.engine.update import Update, local_counts, run_full_update, run_sum_update, term_names
 from pretrain.engine.views import FamilyStepContext, TrainingView
-from pretrain.errors import ExitCode, PretrainError
+from pretrain.errors import ConfigError, ExitCode, PretrainError
 from pretrain.models.base import Hooks
 from pretrain.monitor.health import Health
 from pretrain.monitor.profiler import StepProfiler
@@ -242,8 +242,11 @@ class Trainer:
                 self.engine.ds.train(was_training)
         self.reporter.evaluation(self.state, self.progress, results)
         metric = self.config.eval.metric
-        if metric not in results and len(evaluators) == len(self.evaluators) and self.engine.world.is_main:
-            _log.warning("eval.metric: no evaluation gives %s%s; nothing is selected", metric, nearest(metric, results))
+        if metric not in results and len(evaluators) == len(self.evaluators):
+            error = ConfigError("eval.metric", f"no evaluation gives {metric}{nearest(metric, results)}; there are "
+                                f"{', '.join(sorted(results))}")
+            error.agreed = True  # results are equal on all ranks
+            raise error
         return self._judge(results)
 
     def _judge(self, results: dict[str, Metric]) -> bool:

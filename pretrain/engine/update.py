@@ -172,6 +172,8 @@ def run_full_update(engine: Engine, objective: UpdateObjective, micro_batches: S
     result = objective.run(handle, micro_batches, controls)
     if result.finite and not handle.closed:
         raise RuntimeError("the update objective ended without a backward marked last")
+    if not result.finite and handle.backwards:
+        raise RuntimeError("the update objective calls an update not finite after a backward; it must agree before")
     if result.finite:
         with clock.phase("step"):
             outcome = engine.step(lr)

@@ -14,7 +14,14 @@ from pathlib import Path
 
 from pretrain.errors import UserError
 from pretrain.runfolder.chain import read_chain
-from pretrain.runfolder.publish import CONDEMNED, MANIFEST, READERS, is_temporary, write_text_atomic
+from pretrain.runfolder.publish import (
+    CONDEMNED,
+    MANIFEST,
+    READERS,
+    is_temporary,
+    restore_replaced,
+    write_text_atomic,
+)
 
 log = logging.getLogger(__name__)
 LATEST = "latest"
@@ -216,6 +223,7 @@ class RunFolder:
         """Remove what killed processes left half-written, and return it. Called by the holder of `fence` at its start,
         before its first save; a stale process that still writes there fails at its own rename.
         """
+        restore_replaced(self.checkpoints_dir)
         found = [path for path in self.checkpoints_dir.iterdir() if path.name.startswith(TRASH)
                  or ((match := _UNFINISHED.fullmatch(path.name)) and int(match.group(1)) <= fence)]
         found += self.checkpoints_dir.glob(f"*/{READERS}/{CONDEMNED}")

@@ -22,6 +22,8 @@ from typing import Any, Literal
 from pretrain.errors import DataCorruption, UserError
 
 MANIFEST = "manifest.json"
+REPLACED = ".replaced-"
+"""Prefix of a published folder that is being replaced."""
 READERS = ".readers"
 """Folder inside a checkpoint in which readers pin it; not part of what the manifest describes."""
 CONDEMNED = ".condemned"
@@ -84,6 +86,30 @@ def publish_dir(temporary: Path, final: Path) -> None:
         raise FileExistsError(f"{final} is published already")
     os.rename(temporary, final)
     fsync(final.parent)
+
+
+def replace_dir(temporary: Path, final: Path) -> None:
+    """Flush a finished folder and put it in the place of `final`, which is kept aside until then.
+
+    A kill in between leaves the old one under a name that `restore_replaced` gives back.
+    """
+    aside = final.with_name(f"{REPLACED}{final.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    if final.exists():
+        os.rename(final, aside)
+    publish_dir(temporary, final)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def restore_replaced(parent: Path) -> None:
+    """Finish what a killed `replace_dir` in `parent` began: back under its name where that is free, else away."""
+    for aside in parent.glob(REPLACED + "*"):
+        final = aside.with_name(aside.name.removeprefix(REPLACED))
+        if final.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            os.rename(aside, final)
+            fsync(parent)
 
 
 def require_space(path: Path, needed: int) -> None:

@@ -41,13 +41,14 @@ def plain_deepspeed_json(world: World, folder: Path) -> dict[str, list[float]]:
 
 
 def train_plainly(name: str) -> list[float]:
-    """Three losses of a small model under `configs/deepspeed/NAME.json` alone."""
+    """Twenty losses of a small model under `configs/deepspeed/NAME.json` alone (three would drown in bf16 rounding)."""
     import deepspeed
+    torch.manual_seed(0)
     config = json.loads((configs_dir() / "deepspeed" / f"{name}.json").read_text())
     engine, *_ = deepspeed.initialize(model=torch.nn.Linear(8, 1), config=config)
     x = torch.ones(1, 8, dtype=torch.bfloat16 if config.get("bf16", {}).get("enabled") else torch.float32)
     losses = []
-    for _ in range(3):
+    for _ in range(20):
         loss = engine(x).float().square().sum()
         engine.backward(loss)
         engine.step()
@@ -78,9 +79,9 @@ def init_from(world: World, folder: Path) -> dict[str, Any]:
 
 def plateau_and_patience(world: World, folder: Path) -> dict[str, Any]:
     """The rate is cut after `plateau_patience` bad evaluations, and training ends after `patience`."""
-    trainer = start(world, folder, "plateau", schedule={"name": "plateau", "warmup": None, "plateau_patience": 2},
+    trainer = start(world, folder, "plateau", [Scripted([3.0, 2.0, 2.5, 2.5, 2.5, 2.5])],
+                    schedule={"name": "plateau", "warmup": None, "plateau_patience": 2},
                     eval={"every": "2 steps"}, train={"length": "40 steps", "patience": 4})
-    trainer.evaluators = [Scripted([3.0, 2.0, 2.5, 2.5, 2.5, 2.5])]
     trainer.train()
     result = {"step": trainer.state.step, "factor": trainer.lr.plateau.factor, "best": trainer.state.best,
               "reason": trainer.state.stopped_early, "best_steps": trainer.state.best_steps,
@@ -91,9 +92,8 @@ def plateau_and_patience(world: World, folder: Path) -> dict[str, Any]:
 
 def target_perplexity(world: World, folder: Path) -> dict[str, Any]:
     """Training ends once validation perplexity is at the target."""
-    trainer = start(world, folder, "target", eval={"every": "2 steps"},
+    trainer = start(world, folder, "target", [Scripted([3.0, 2.5, 2.0])], eval={"every": "2 steps"},
                     train={"length": "40 steps", "target_perplexity": 8.0})
-    trainer.evaluators = [Scripted([3.0, 2.5, 2.0])]
     trainer.train()
     result = {"step": trainer.state.step, "reason": trainer.state.stopped_early}
     finish(trainer)
@@ -117,13 +117,63 @@ def divergence(world: World, folder: Path) -> dict[str, Any]:
 
 def retention(world: World, folder: Path) -> list[int]:
     """keep_last 2, keep_every 8 steps, and the best of the scripted evaluations."""
-    trainer = start(world, folder, "kept", eval={"every": "2 steps"},
+    trainer = start(world, folder, "kept", [Scripted([3.0, 2.0, 1.0])], eval={"every": "2 steps"},
                     checkpoint={"every": "2 steps", "keep_last": 2, "keep_best": 1, "keep_every": "8 steps"})
-    trainer.evaluators = [Scripted([3.0, 2.0, 1.0])]
     trainer.train()
     kept = sorted(ref.step for ref in trainer.keeper.folder.checkpoints())
     finish(trainer)
     return kept
+
+
+def changed_at_the_same_step(world: World, folder: Path) -> dict[str, Any]:
+    """A learning rate that changes right after a save is in the checkpoint that the stop leaves."""
+    trainer = start(world, folder, "changed-state", checkpoint={"every": "4 steps"})
+    while trainer.state.step < 4:
+        trainer.step()
+    before = trainer.keeper.folder.checkpoints()
+    trainer.state.lr_override = 1e-5
+    trainer._save()
+    after = trainer.keeper.folder.checkpoints()
+    finish(trainer)
+    again = start(world, folder, "changed-state", checkpoint={"every": "4 steps"})
+    result = {"before": [r.step for r in before], "after": [r.step for r in after], "lr": again.state.lr_override,
+              "step": again.state.step}
+    finish(again)
+    return result
+
+
+def skipped_rows(world: World, folder: Path) -> dict[str, Any]:
+    """The row after a skipped update is finite."""
+    from pretrain.monitor.writers import read_metrics
+    trainer = start(world, folder, "skipped", train={"length": "4 steps"})
+    model = trainer.engine.model
+    trainer.step()
+    forward = model.forward
+
+    def poisoned(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        output.nll_sum = output.nll_sum * float("nan")
+        return output
+    model.forward = poisoned
+    trainer.step()
+    model.forward = forward
+    trainer.step()
+    rows = list(read_metrics(trainer.keeper.folder))
+    result = {"k": trainer.state.k, "step": trainer.state.step, "losses": [row.get("loss") for row in rows]}
+    finish(trainer)
+    return result
+
+
+def misspelt_metric(world: World, folder: Path) -> str:
+    """A metric that no evaluation gives is an error, with the nearest right one."""
+    trainer = start(world, folder, "misspelt", [Scripted([3.0])], eval={"every": "2 steps", "metric": "val/lss"})
+    try:
+        trainer.train()
+        message = "no error"
+    except PretrainError as error:
+        message = str(error)
+    finish(trainer)
+    return message
 
 
 def profiler(world: World, folder: Path) -> list[str]:
@@ -278,5 +328,6 @@ def spikes(world: World, folder: Path) -> dict[str, Any]:
 
 CASES = {"plain_deepspeed_json": plain_deepspeed_json, "init_from": init_from, "readback": readback,
          "plateau_and_patience": plateau_and_patience, "target_perplexity": target_perplexity,
-         "divergence": divergence, "retention": retention, "profiler": profiler,
+         "divergence": divergence, "retention": retention, "skipped_rows": skipped_rows,
+         "changed_at_the_same_step": changed_at_the_same_step, "misspelt_metric": misspelt_metric, "profiler": profiler,
          "mirror": mirror, "walk_back": walk_back, "spikes": spikes}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from rich.console import Console
 
 from pretrain.config.load import load_run_config
 from pretrain.engine.distributed import World
+from pretrain.engine.evaluator import Evaluator
 from pretrain.engine.setup import claim_run, prepare
 from pretrain.engine.trainer import Trainer
 from pretrain.monitor.writers import read_metrics
@@ -42,13 +44,13 @@ def write_config(folder: Path, name: str, **sections: Any) -> Path:
     return path
 
 
-def start(world: World, folder: Path, name: str, **sections: Any) -> Trainer:
+def start(world: World, folder: Path, name: str, evaluators: Sequence[Evaluator] = (), **sections: Any) -> Trainer:
     """A prepared trainer, fresh or resumed. Collective: rank 0 writes the file, all read it."""
     path = folder / f"{name}.yaml"
     world.on_main(lambda: write_config(folder, name, **sections) and None)
     loaded = load_run_config(path)
     claim = claim_run(loaded, world)
-    trainer = prepare(loaded, world, claim, [], Console(quiet=True))
+    trainer = prepare(loaded, world, claim, evaluators, Console(quiet=True))
     trainer.lease = claim.lease  # type: ignore[attr-defined]
     return trainer
 

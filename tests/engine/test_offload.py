@@ -43,4 +43,4 @@ def test_offload_changes_no_loss_beyond_rounding(found: dict[str, Any], way: str
 @pytest.mark.parametrize("stage", ["2", "3"])
 def test_offload_files_train_with_plain_deepspeed(found: dict[str, Any], stage: str) -> None:
     losses = found["plain_json"][stage]
-    assert losses[2] < losses[0]
+    assert losses[-1] < losses[0]

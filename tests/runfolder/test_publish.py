@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 
 from pretrain.errors import DataCorruption, UserError
+from pretrain.runfolder import publish
 from pretrain.runfolder.layout import RunFolder
 from pretrain.runfolder.publish import (
     Manifest,
     hash_file,
     publish_dir,
+    replace_dir,
     require_space,
     write_json_atomic,
     write_text_atomic,
@@ -147,3 +149,27 @@ def test_an_existing_run_folder_is_taken_as_it_is(tmp_path):
     before = sorted(path.name for path in folder.root.rglob("*"))
     assert RunFolder.create(tmp_path / "run") == RunFolder.open(tmp_path / "run") == folder
     assert sorted(path.name for path in folder.root.rglob("*")) == before
+
+
+def test_a_replaced_folder_is_there_whole_whenever_the_process_dies(tmp_path, monkeypatch):
+    folder = RunFolder.create(tmp_path / "run")
+    final = folder.checkpoints_dir / "step-3.f1"
+    for number, text in enumerate(("old", "new")):
+        temporary = folder.checkpoints_dir / f".tmp-f1-step-{number}"
+        temporary.mkdir()
+        (temporary / "manifest.json").write_text(text)
+        if text == "old":
+            replace_dir(temporary, final)
+    def dies(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    for target in ("os.rename", "pretrain.runfolder.publish.fsync", "shutil.rmtree"):
+        with monkeypatch.context() as patch:
+            patch.setattr(target, dies)
+            with pytest.raises(KeyboardInterrupt):
+                replace_dir(folder.checkpoints_dir / ".tmp-f1-step-1", final)
+        publish.restore_replaced(folder.checkpoints_dir)
+        assert (final / "manifest.json").read_text() == "old", target
+    replace_dir(folder.checkpoints_dir / ".tmp-f1-step-1", final)
+    assert (final / "manifest.json").read_text() == "new"
+    assert [path.name for path in folder.checkpoints_dir.iterdir()] == ["step-3.f1"]
