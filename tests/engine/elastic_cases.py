@@ -10,7 +10,8 @@ import torch
 
 from pretrain.engine.distributed import World
 from pretrain.engine.trainer import Trainer
-from tests.engine.running import finish, start
+from pretrain.runfolder.publish import Manifest
+from tests.engine.running import finish, start, write_config
 from tests.engine.shared_cases import UNEVEN
 
 TOY: dict[str, Any] = {"family": "toy", "width": 15, "vocab_size": 67, "hooked": True}
@@ -114,19 +115,50 @@ def undisturbed(world: World, folder: Path) -> dict[str, Any]:
     return found
 
 
-def interrupted(world: World, folder: Path) -> dict[str, Any]:
-    """A resume that breaks off on the last rank in the middle of the copying; then the same resume without a fault."""
+def proof(world: World, folder: Path) -> dict[str, str]:
+    """What a resume says of weights that give the stored figure up to its last bits, here and on other hardware."""
+    from pretrain.engine import probe
+    begin(world, folder, "run", TOY, "fp32", 2, LENGTH, stop=2)
+    hardware, measure, said = probe.hardware, probe.measure, {}
+    try:
+        for where, factor in (("here", 1 + 1e-9), ("elsewhere", 1 + 1e-9), ("elsewhere, other weights", 1 + 1e-3)):
+            probe.hardware = lambda engine, where=where: hardware(engine) if where == "here" else [where]  # type: ignore
+            probe.measure = lambda *args, factor=factor: {  # type: ignore
+                name: value * factor for name, value in measure(*args).items()}
+            said[where] = attempt(world, folder, "run", sections(TOY, "fp32", 2, LENGTH))
+    finally:
+        probe.hardware, probe.measure = hardware, measure
+    return said
+
+
+def attempt(world: World, folder: Path, name: str, values: dict[str, Any]) -> str:
+    """Start a run and end it at once; the error that came of it, or nothing."""
     from rich.console import Console
 
     from pretrain.config.load import load_run_config
     from pretrain.engine.setup import claim_run, prepare
-    from pretrain.engine.shards import Shards
-    from pretrain.runfolder.publish import Manifest
-    begin(world, folder, "run", TOY, "fp32", 2, LENGTH)
-    loaded = load_run_config(folder / "run.yaml", sets=["engine.zero_stage=3"])
+    world.on_main(lambda: write_config(folder, name, **values) and None)
+    loaded = load_run_config(folder / f"{name}.yaml")
     claim = claim_run(loaded, world)
-    assert claim.resume is not None
-    before = {p: p.stat().st_mtime_ns for p in sorted(claim.resume.path.rglob("*"))}
+    message = ""
+    try:
+        trainer = prepare(loaded, world, claim, [], Console(quiet=True))
+        trainer.loader.close()
+        trainer.engine.release()
+    except Exception as error:
+        message = f"{type(error).__name__}: {error}"
+    if claim.lease is not None:
+        claim.lease.release()
+    world.barrier()
+    return message
+
+
+def interrupted(world: World, folder: Path) -> dict[str, Any]:
+    """A resume that breaks off on the last rank in the middle of the copying; then the same resume without a fault."""
+    from pretrain.engine.shards import Shards
+    begin(world, folder, "run", TOY, "fp32", 2, LENGTH)
+    checkpoint = folder / "runs" / "run" / "checkpoints" / f"step-{LINK_STEPS}.f1"
+    before = {p: p.stat().st_mtime_ns for p in sorted(checkpoint.rglob("*"))}
     copy, calls = Shards.copy, []
 
     def failing(self: Shards, name: str, kind: Any, start: int, out: torch.Tensor) -> None:
@@ -136,18 +168,12 @@ def interrupted(world: World, folder: Path) -> dict[str, Any]:
         copy(self, name, kind, start, out)
 
     Shards.copy = failing  # type: ignore[method-assign]
-    message = ""
     try:
-        prepare(loaded, world, claim, [], Console(quiet=True))
-    except Exception as error:
-        message = f"{type(error).__name__}: {error}"
+        message = attempt(world, folder, "run", sections(TOY, "fp32", 3, LENGTH))
     finally:
         Shards.copy = copy  # type: ignore[method-assign]
-    if claim.lease is not None:
-        claim.lease.release()
-    world.barrier()
-    assert Manifest.read(claim.resume.path).verify(claim.resume.path) == []
-    untouched = before == {p: p.stat().st_mtime_ns for p in sorted(claim.resume.path.rglob("*"))}
+    untouched = Manifest.read(checkpoint).verify(checkpoint) == [] and before == {
+        p: p.stat().st_mtime_ns for p in sorted(checkpoint.rglob("*"))}
     trainer = start(world, folder, "run", **sections(TOY, "fp32", 3, LENGTH))
     step = trainer.state.step
     finish(trainer)

@@ -81,7 +81,8 @@ CASES = {"bare_loop": bare_loop, "splits": shared_cases.splits, "contrastive": s
          "bf16": shared_cases.bf16, "resume": shared_cases.resume, "not_finite": shared_cases.not_finite,
          "frozen_and_buffers": shared_cases.frozen_and_buffers, "read_write": shared_cases.read_write,
          "evaluation_changes_nothing": evaluation_changes_nothing, "golden": golden,
-         "next_link": next_link, "undisturbed": elastic_cases.undisturbed, **feature_cases.CASES}
+         "next_link": next_link, "undisturbed": elastic_cases.undisturbed, "proof": elastic_cases.proof,
+         **feature_cases.CASES}
 
 if __name__ == "__main__":
     main(CASES)

@@ -105,6 +105,13 @@ def test_every_group_keeps_its_decay_and_every_state_its_own_step(
             assert facts["distinct"] == len(facts["steps"])
 
 
+def test_the_stored_figure_is_asked_for_to_the_bit_only_where_it_was_taken(one: dict[str, Any]) -> None:
+    said = case(one, "proof")
+    assert said["here"].startswith("DataCorruption")
+    assert said["elsewhere"] == ""
+    assert said["elsewhere, other weights"].startswith("DataCorruption")
+
+
 def test_a_resume_that_breaks_off_on_one_rank_leaves_the_checkpoint_as_it_was(two: dict[str, Any]) -> None:
     found = case(two, "interrupted")
     assert len(found["messages"]) == 2 and all("planted" in message for message in found["messages"])
