@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from pretrain.config import deepspeed_keys
 from pretrain.config.interval import Interval
 from pretrain.config.model import Section
 from pretrain.config.source import MixtureConfig
@@ -16,9 +17,10 @@ if TYPE_CHECKING:
 
 def check_run(config: RunConfig) -> None:
     """Raise ConfigErrors with every contradiction between sections."""
-    problems = [*_engine(config), *_data(config), *_schedule(config), *_spikes(config)]
-    if problems:
-        raise ConfigErrors(problems)
+    found = [*_engine(config), *deepspeed_keys.problems(config.engine.deepspeed), *_data(config), *_schedule(config),
+             *_spikes(config)]
+    if found:
+        raise ConfigErrors(found)
 
 
 def _engine(config: RunConfig) -> Iterator[ConfigError]:

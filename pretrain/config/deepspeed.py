@@ -11,7 +11,7 @@ from typing import Any
 
 from pretrain.config.presets import configs_dir
 from pretrain.config.run import Precision, ResolvedBatch, RunConfig
-from pretrain.errors import ConfigError, UserError
+from pretrain.errors import UserError
 
 MAX_BUCKET_ELEMENTS = 50_000_000
 """Elements of DeepSpeed's reduce bucket. It is allocated whole, so a small model gets a bucket of its own size."""
@@ -19,25 +19,13 @@ ZERO3_INIT_PARAMETERS = 500_000_000
 """`engine.zero3_init: auto` partitions weights as they are built from this size on. Below it the model is built whole
 and then partitioned, so that all stages start from the same bits."""
 
-OWNED = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
-         "bf16", "fp16", "optimizer", "scheduler", "zero_optimization.stage", "data_types", "checkpoint",
-         "zero_optimization.offload_optimizer", "zero_optimization.offload_param")
-"""Keys that other sections of the config decide; setting them in `engine.deepspeed` is a contradiction."""
-
-_SAYS = {"train_batch_size": "batch.global_batch_size", "train_micro_batch_size_per_gpu": "batch.micro_batch_size",
-         "gradient_accumulation_steps": "batch.gradient_accumulation_steps", "gradient_clipping": "optim.grad_clip",
-         "bf16": "engine.precision", "fp16": "engine.precision", "optimizer": "optim", "scheduler": "schedule",
-         "zero_optimization.stage": "engine.zero_stage", "data_types": "engine.precision", "checkpoint": "checkpoint",
-         "zero_optimization.offload_optimizer": "engine.offload.optimizer",
-         "zero_optimization.offload_param": "engine.offload.parameters"}
 
 
 def deepspeed_config(config: RunConfig, batch: ResolvedBatch, precision: Precision, *, on_cuda: bool) -> dict[str, Any]:
     """The complete DeepSpeed dict of a run.
 
     For update objectives DeepSpeed sees one micro-batch an update (gradients must not be divided by their number); for
-    sum objectives it sees the real accumulation. Raises ConfigError that names both keys where `engine.deepspeed`
-    contradicts another section.
+    sum objectives it sees the real accumulation. `engine.deepspeed` is laid over it; see `deepspeed_keys`.
     """
     stage = config.engine.zero_stage
     ds = _base(stage)
@@ -94,13 +82,9 @@ def _base(stage: int) -> dict[str, Any]:
     return loaded
 
 
-def _lay_over(ds: dict[str, Any], extra: dict[str, Any], prefix: str = "") -> None:
+def _lay_over(ds: dict[str, Any], extra: dict[str, Any]) -> None:
     for key, value in extra.items():
-        dotted = prefix + key
-        if dotted in OWNED:
-            raise ConfigError(f"engine.deepspeed.{dotted}",
-                              f"contradicts {_SAYS[dotted]}, which decides it; set that instead")
         if isinstance(value, dict) and isinstance(ds.get(key), dict):
-            _lay_over(ds[key], value, dotted + ".")
+            _lay_over(ds[key], value)
         else:
             ds[key] = value

@@ -15,6 +15,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pretrain.config import deepspeed_keys
 from pretrain.config.deepspeed import deepspeed_config
 from pretrain.config.load import load_run_config
 from pretrain.config.presets import configs_dir
@@ -102,19 +103,34 @@ def test_ranks_draw_different_numbers() -> None:
     assert drawn[0] != drawn[1]
 
 
-@pytest.mark.parametrize("key,value", [
-    ("train_batch_size", 3), ("bf16", {"enabled": True}), ("optimizer", {"type": "Lion"}), ("gradient_clipping", 2.0),
-    ("zero_optimization", {"stage": 1})])
-def test_a_contradiction_names_both_keys(tmp_path, key: str, value: object) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize("extra,key,ours", [
+    ({"train_batch_size": 3}, "train_batch_size", "batch.global_batch_size"),
+    ({"bf16": {"enabled": True}}, "bf16", "engine.precision"),
+    ({"optimizer": {"type": "Lion"}}, "optimizer", "optim"),
+    ({"gradient_clipping": 2.0}, "gradient_clipping", "optim.grad_clip"),
+    ({"zero_optimization": {"stage": 1}}, "zero_optimization.stage", "engine.zero_stage"),
+    ({"wall_clock_breakdwn": True}, "wall_clock_breakdwn", 'did you mean "wall_clock_breakdown"'),
+    ({"zero_optimization": {"reduce_bucket_sise": 3}}, "zero_optimization.reduce_bucket_sise",
+     'did you mean "reduce_bucket_size"'),
+])
+def test_a_deepspeed_key_that_is_ours_or_nobodys_is_refused(tmp_path, extra, key, ours) -> None:  # type: ignore[no-untyped-def]
     path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump({**SMALL, "engine": {"deepspeed": {key: value}}}))
-    config = load_run_config(path).config
+    path.write_text(yaml.safe_dump({**SMALL, "engine": {"deepspeed": extra}}))
     with pytest.raises(ConfigError) as caught:
-        deepspeed_config(config, config.batch.resolve(1), "fp32", on_cuda=False)
-    ours = {"train_batch_size": "batch.global_batch_size", "bf16": "engine.precision", "optimizer": "optim",
-            "gradient_clipping": "optim.grad_clip", "zero_optimization": "engine.zero_stage"}[key]
+        load_run_config(path)
     assert f"engine.deepspeed.{key}" in str(caught.value)
     assert ours in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["zero1", "zero2", "zero3"])
+def test_deepspeed_itself_knows_every_key_that_may_be_set(name: str) -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    fields = DeepSpeedZeroConfig.model_fields
+    names = {field.alias or key for key, field in fields.items()} | set(fields)
+    assert names >= deepspeed_keys._ZERO
+    written = json.loads((configs_dir() / "deepspeed" / f"{name}.json").read_text())
+    assert set(written["zero_optimization"]) - {"stage"} <= deepspeed_keys._ZERO
+    assert set(written) <= deepspeed_keys._TOP | set(deepspeed_keys.OWNED)
 
 
 def test_further_deepspeed_keys_are_laid_over(tmp_path) -> None:  # type: ignore[no-untyped-def]
