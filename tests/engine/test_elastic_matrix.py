@@ -81,7 +81,7 @@ def test_bf16_with_another_micro_batch_stays_within_tolerance(stage: int, legs: 
 @pytest.mark.parametrize("saved", ["bf16", "fp32"])
 def test_another_precision_goes_on_near_the_former_one(saved: str, legs: list[dict[str, Any]]) -> None:
     whole = case(legs[0], "first_leg")[f"undisturbed-{saved}"]["losses"]
-    assert case(legs[3], "other_precision")[saved]["losses"] == pytest.approx(whole, rel=2e-3)
+    assert case(legs[3], "other_precision")[saved]["losses"] == pytest.approx(whole, rel=5e-4)
 
 
 def test_a_killed_resume_leaves_its_checkpoint_whole(base: Path, legs: list[dict[str, Any]]) -> None:
