@@ -37,8 +37,8 @@ def _engine(config: RunConfig) -> Iterator[ConfigError]:
                           "takes a hidden optimizer step at start and stage 1 accumulates in bf16; "
                           "use fp32 or stage 2")
     if engine.precision == "fp16" and stage == 0:
-        yield ConfigError("engine.precision", "fp16 trains on engine.zero_stage 1, 2 and 3, which is 0: there gradients "
-                          "would be clipped before their loss scale is taken off; use fp32 or stage 2")
+        yield ConfigError("engine.precision", "fp16 trains on engine.zero_stage 1, 2 and 3, which is 0: there "
+                          "gradients would be clipped before their loss scale is taken off; use fp32 or stage 2")
 
 
 def _data(config: RunConfig) -> Iterator[ConfigError]:

@@ -72,7 +72,7 @@ def complaints(target, sets=()):
     ("train: {on_spike: rewind}", "train.on_spike"),
     ("checkpoint: {mirror: {every: 2}}", "checkpoint.mirror.path: is missing"),
     # contradictions name both keys
-    ("engine: {precision: fp16, zero_stage: 0}", "engine.precision: fp16 trains on engine.zero_stage 1, 2 and 3, which"),
+    ("engine: {precision: fp16, zero_stage: 0}", "engine.precision: fp16 trains on engine.zero_stage 1, 2 and 3, w"),
     ("engine: {precision: bf16, zero_stage: 1}", "engine.precision: bf16 trains on engine.zero_stage 2 and 3, which"),
     ("engine: {zero_stage: 2, offload: {parameters: cpu}}", "engine.offload.parameters: needs engine.zero_stage 3, "),
     ("engine: {zero_stage: 0, offload: {optimizer: cpu}}", "engine.offload.optimizer: needs engine.zero_stage 1, 2 "),
