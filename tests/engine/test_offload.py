@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.engine.world import ROOT, launch_cases
+from tests.engine.world import ROOT, case, launch_cases
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 _COMPILE = ("import deepspeed.ops.op_builder as b\n"
@@ -38,6 +38,10 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_offload_changes_no_loss_beyond_rounding(found: dict[str, Any], way: str) -> None:
     # DeepSpeed's vectorised AdamW rounds otherwise than torch's; over 20 steps that stays below 1e-5.
     assert found["losses"][way] == pytest.approx(found["losses"][way[0]], rel=1e-5)
+
+
+def test_a_run_goes_on_with_and_without_offload(found: dict[str, Any]) -> None:
+    assert case(found, "in_turn") == pytest.approx(found["losses"]["2"], rel=1e-5)
 
 
 @pytest.mark.parametrize("stage", ["2", "3"])
