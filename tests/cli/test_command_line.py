@@ -75,7 +75,7 @@ def test_groups_list_their_commands_and_commands_their_options():
     (("train", "--preset", "demo", "--dry-run", "--set", "batch.global_batch_size=24", "--set", "launch.nproc=5"),
      "error: batch.global_batch_size: 24 is not a multiple of 5 ranks; use 20 or 25"),
     (("train", "--preset", "demo", "--dry-run", "--set", "engine.deepspeed={train_batch_size: 3}"),
-     "error: engine.deepspeed.train_batch_size: contradicts batch.global_batch_size"),
+     "error: --set: engine.deepspeed.train_batch_size: contradicts batch.global_batch_size"),
     (("doctor", "--bundle", "nowhere"), "error: nowhere: no run folder"),
 ], ids=lambda value: " ".join(value) if isinstance(value, tuple) else "")
 def test_bad_input_ends_with_one_clear_line_and_code_2(arguments, message, tmp_path):
