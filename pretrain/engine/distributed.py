@@ -86,17 +86,9 @@ class World:
 
         Where the error has no meaning for the user, the others get a PretrainError that names rank 0.
         """
-        value: T | None = None
-        failure: Exception | None = None
-        if self.is_main:
-            try:
-                value = action()
-            except Exception as error:
-                failure = error
         if self.size == 1:
-            if failure is not None:
-                raise failure
-            return value  # type: ignore[return-value]
+            return action()
+        value, failure = _attempt(action) if self.is_main else (None, None)
         told, value = self.broadcast((_told(failure, self.rank), value if failure is None else None))
         if told is not None:
             raise _retold(told, failure)
@@ -104,21 +96,13 @@ class World:
 
     def all_or_none(self, action: Callable[[], T]) -> T:
         """Run `action` on every rank; if any fails, every rank raises the first failing one's error. Collective."""
-        value: T | None = None
-        failure: Exception | None = None
-        try:
-            value = action()
-        except Exception as error:
-            failure = error
         if self.size == 1:
-            if failure is not None:
-                raise failure
-            return value  # type: ignore[return-value]
+            return action()
+        value, failure = _attempt(action)
         for told in self.gather_objects(_told(failure, self.rank)):
             if told is not None:
                 raise _retold(told, failure)
         return value  # type: ignore[return-value]
-
 
     def first_failure(self, line: str, code: ExitCode) -> Failure | None:
         """Tell the others why this rank fails. Returns what the first of them told; None where rank 0 has gone.
@@ -172,6 +156,14 @@ class Failure:
 
 Told = tuple[int, str]
 """An error on its way between ranks: exit code and line."""
+
+
+def _attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    """The action's result, or the error it ended with."""
+    try:
+        return action(), None
+    except Exception as error:
+        return None, error
 
 
 def _told(error: Exception | None, rank: int) -> Told | None:
