@@ -28,12 +28,14 @@ SOURCE_SCHEMAS: dict[str, str] = {
     "pairs": "pretrain.config.source:PairsConfig",
     "mixture": "pretrain.config.source:MixtureConfig",
     "synthetic": "pretrain.config.source:SyntheticConfig",
+    "needle": "pretrain.config.needle:NeedleConfig",
 }
 SOURCES: dict[str, str] = {
     "shards": "pretrain.data.shards:open_shards",
     "pairs": "pretrain.data.pairs:open_pairs",
     "mixture": "pretrain.data.mixture:open_mixture",
     "synthetic": "pretrain.data.synthetic:open_synthetic",
+    "needle": "pretrain.data.needle:open_needle",
 }
 
 

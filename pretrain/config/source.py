@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from pretrain.config.model import Section
 
@@ -13,6 +14,11 @@ class SourceConfig(Section):
     """Base: `kind` picks the source."""
 
     kind: str = Field(description="which source; see pretrain/config/registry.py")
+
+    @property
+    def fixed_seq_len(self) -> tuple[int, str] | None:
+        """(tokens a sample, what they are made of) where the source decides that; None: `data.seq_len` does."""
+        return None
 
 
 def source_section(value: Any) -> Any:
@@ -102,3 +108,14 @@ class DataConfig(Section):
     @classmethod
     def _by_kind(cls, value: Any) -> Any:
         return source_section(value)
+
+    @model_validator(mode="after")
+    def _length_of_the_source(self) -> DataConfig:
+        """Take the length of a source that fixes it; say so where another one was asked for."""
+        fixed = self.source.fixed_seq_len
+        if fixed is None or self.seq_len == fixed[0]:
+            return self
+        if "seq_len" in self.model_fields_set:
+            logging.getLogger("pretrain").warning("data.seq_len: %d is taken as %d, the tokens of a sample of kind %s "
+                                                  "(%s)", self.seq_len, fixed[0], self.source.kind, fixed[1])
+        return self.model_copy(update={"seq_len": fixed[0]})

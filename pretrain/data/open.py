@@ -12,6 +12,7 @@ import torch
 
 from data_prep.files import canonical_json
 from data_prep.manifest import Manifest
+from pretrain.config.needle import NeedleConfig
 from pretrain.config.registry import SOURCES, resolve
 from pretrain.config.run import ResolvedBatch, RunConfig
 from pretrain.config.source import DataConfig, PairsConfig, ShardsConfig, SourceConfig
@@ -100,7 +101,7 @@ def _size(source: SampleSource) -> int | None:
 
 
 def open_validation(config: RunConfig) -> SampleSource | None:
-    """The source of `data.validation`, else split `val` of the training dataset, else None.
+    """The source of `data.validation`, else split `val` of the training dataset or needles, else None.
 
     Windows do not overlap, whatever `data.stride` says of training: each token is counted once.
     """
@@ -111,7 +112,8 @@ def open_validation(config: RunConfig) -> SampleSource | None:
         like = Manifest.read(Path(training.path)) if isinstance(training, ShardsConfig | PairsConfig) else validation
         check_tokens(validation, "data.validation", config, like=like, like_key="data.source")
         return validation
-    if isinstance(training, ShardsConfig | PairsConfig) and VALIDATION_SPLIT in Manifest.load(training.path).splits:
+    if isinstance(training, NeedleConfig) or (isinstance(training, ShardsConfig | PairsConfig)
+                                              and VALIDATION_SPLIT in Manifest.load(training.path).splits):
         return open_source(training.model_copy(update={"split": VALIDATION_SPLIT}), data)
     return None
 
