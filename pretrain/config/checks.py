@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from pretrain.config import deepspeed_keys
 from pretrain.config.interval import Interval
 from pretrain.config.model import Section
+from pretrain.config.needle import NeedleConfig
 from pretrain.config.source import MixtureConfig
 from pretrain.errors import ConfigError, ConfigErrors
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 def check_run(config: RunConfig) -> None:
     """Raise ConfigErrors with every contradiction between sections."""
     found = [*_engine(config), *deepspeed_keys.problems(config.engine.deepspeed), *_data(config), *_schedule(config),
-             *_spikes(config)]
+             *_spikes(config), *_needle(config)]
     if found:
         raise ConfigErrors(found)
 
@@ -77,7 +78,17 @@ def _intervals(section: Section, prefix: str) -> Iterator[tuple[str, Interval]]:
 def _spikes(config: RunConfig) -> Iterator[ConfigError]:
     if config.train.on_spike == "skip" and config.objective.protocol == "update":
         yield ConfigError("train.on_spike", f"skip needs the loss before the last backward, which objective.name "
-                          f"{config.objective.name} runs by itself; use warn")
+                          f"{config.objective.name} runs by itself; use rewind or warn")
+    if config.train.on_spike == "rewind" and config.checkpoint.every is None:
+        yield ConfigError("train.on_spike", "rewind goes back to checkpoints, but checkpoint.every is null; give it an "
+                          "interval or use skip")
+
+
+def _needle(config: RunConfig) -> Iterator[ConfigError]:
+    source = config.data.source
+    if config.objective.name == "needle" and not (isinstance(source, NeedleConfig) and source.needle_query):
+        yield ConfigError("objective.name", "needle needs data.source.kind needle with needle_query true; without a "
+                          "query there is nothing to answer, use causal_lm")
 
 
 def _schedule(config: RunConfig) -> Iterator[ConfigError]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pretrain.config.model import Section
+from pretrain.errors import ConfigError
 
 
 class ObjectiveConfig(Section):
@@ -22,3 +23,25 @@ class CausalLMConfig(ObjectiveConfig):
     protocol: ClassVar[Literal["sum", "update"]] = "sum"
     name: Literal["causal_lm"] = "causal_lm"
     z_loss: float = Field(0.0, ge=0, le=1, description="weight of the squared log-normaliser; 0 switches it off")
+
+
+class NeedleObjectiveConfig(ObjectiveConfig):
+    """Cross-entropy of the answer, InfoNCE of the readout against the output table, and a retrieval term."""
+
+    protocol: ClassVar[Literal["sum", "update"]] = "sum"
+    name: Literal["needle"] = "needle"
+    infonce_weight: float = Field(0.0, ge=0, le=1, description="weight of InfoNCE; 0 switches it off")
+    infonce_negatives: int = Field(128, ge=1, le=256, description="ids drawn against each answer token")
+    infonce_tau: float = Field(0.08, ge=0.01, le=1, description="temperature of the cosines")
+    lambda_retrieval: float = Field(0.0, ge=0, le=1, description="weight of a second cross-entropy of the answer; the "
+                                    "same as the first unless legacy_loss")
+    legacy_loss: bool = Field(False, description="that second one without the shift, as the original trained: it "
+                              "teaches the model to repeat its own input (LEAK)")
+    seed: int = Field(0, ge=0, lt=1 << 63, description="key of the draw of negatives")
+
+    @model_validator(mode="after")
+    def _legacy(self) -> NeedleObjectiveConfig:
+        if self.legacy_loss and not self.lambda_retrieval:
+            raise ConfigError("objective.lambda_retrieval", "0 leaves objective.legacy_loss without weight; the "
+                              "original's is 0.5")
+        return self

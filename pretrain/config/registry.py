@@ -19,9 +19,11 @@ FAMILIES: dict[str, str] = {
 }
 OBJECTIVE_SCHEMAS: dict[str, str] = {
     "causal_lm": "pretrain.config.objective:CausalLMConfig",
+    "needle": "pretrain.config.objective:NeedleObjectiveConfig",
 }
 OBJECTIVES: dict[str, str] = {
     "causal_lm": "pretrain.objectives.causal_lm:CausalLM",
+    "needle": "pretrain.objectives.needle:Needle",
 }
 SOURCE_SCHEMAS: dict[str, str] = {
     "shards": "pretrain.config.source:ShardsConfig",
