@@ -59,6 +59,12 @@ def document_layout(document_ids: Tensor | None, attention_mask: Tensor | None) 
     return DocumentLayout(starts, ends)
 
 
+def document_starts(document_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
+    """[B, S] True at the first token of each document: where recurrences begin anew. None as in `document_layout`."""
+    layout = document_layout(document_ids, attention_mask)
+    return None if layout is None else layout.positions == 0
+
+
 def attention_bias(layout: DocumentLayout | None, queries: int, keys: int, *, causal: bool, dtype: torch.dtype,
                    device: torch.device) -> Tensor:
     """Additive mask [B or 1, 1, queries, keys]: 0 where a query sees a key, -inf elsewhere.

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.engine.distributed import World
-from tests.engine import elastic_cases, shared_cases
+from tests.engine import afrb_cases, elastic_cases, shared_cases
 from tests.engine.world import main
 
 
@@ -16,7 +16,8 @@ def last_link(world: World, folder: Path) -> dict[str, Any]:
 CASES = {"splits": shared_cases.splits, "contrastive": shared_cases.contrastive, "bf16": shared_cases.bf16,
          "resume": shared_cases.resume, "not_finite": shared_cases.not_finite,
          "frozen_and_buffers": shared_cases.frozen_and_buffers, "read_write": shared_cases.read_write,
-         "last_link": last_link, "interrupted": elastic_cases.interrupted}
+         "last_link": last_link, "interrupted": elastic_cases.interrupted,
+         **afrb_cases.CASES}
 
 if __name__ == "__main__":
     main(CASES)
