@@ -89,3 +89,26 @@ def clopper_pearson(successes: int, trials: int, *, level: float = 0.95) -> Inte
     low = 0.0 if successes == 0 else cast(float, betaincinv(successes, trials - successes + 1, tail))
     high = 1.0 if successes == trials else cast(float, betaincinv(successes + 1, trials - successes, 1 - tail))
     return (float(low), float(high))
+
+
+def clustered_proportion(successes: ArrayLike, trials: ArrayLike, *, level: float = 0.95, resamples: int = 2000,
+                         seed: int = 0) -> Interval:
+    """Interval of a proportion whose trials come in clusters, of counts [c] a cluster.
+
+    The cluster bootstrap; at 0 and at 100 %, where every resample is the same, the exact binomial interval of all
+    trials. There are then no clusters of hits to be seen, and independence of the trials is an assumption.
+
+    Raises ValueError as `cluster_bootstrap` does.
+    """
+    hits, total = float(np.sum(successes)), float(np.sum(trials))
+    if total and hits in (0.0, total):
+        return clopper_pearson(int(hits), int(total), level=level)
+    return cluster_bootstrap(successes, trials, level=level, resamples=resamples, seed=seed)
+
+
+def binomial_tail(successes: int, trials: int, probability: float) -> float:
+    """P(X >= successes) of a binomial: how easily chance alone does as well. Exact, by the incomplete beta function."""
+    if not 0 <= successes <= trials or not 0 <= probability <= 1:
+        raise ValueError(f"{successes} of {trials} at {probability} is not a binomial")
+    from scipy.special import betainc
+    return 1.0 if successes == 0 else float(betainc(successes, trials - successes + 1, probability))
