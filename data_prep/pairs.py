@@ -15,27 +15,22 @@ p (positives) and n (negatives of all pairs, one after the other), are
 
 from __future__ import annotations
 
-import json
 import math
-import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from data_prep.files import canonical_json
-from data_prep.index import PAIRS, index_path, read_index
-from data_prep.manifest import Split, SplitRecord, shard_name, shard_table, write_table
-from data_prep.tar import OpenShard
-from pretrain.errors import DataCorruption
-from pretrain.runfolder.publish import fsync
+from data_prep.index import PAIRS
+from data_prep.manifest import Split
+from data_prep.mapped import MappedShard
+from data_prep.split_writer import TARGET_SHARD_BYTES, SplitWriter
 
 SIDES = ("q", "p", "n")
-TARGET_SHARD_BYTES = 64 << 20
 Ids = npt.NDArray[Any]
 
 
@@ -54,23 +49,17 @@ class TokenPair:
     provenance: dict[str, Any] = field(default_factory=dict)
 
 
-class PairWriter:
-    """Writes the pairs of one split, in the order they are pushed, as shards of `folder`.
+class PairWriter(SplitWriter):
+    """Writes the pairs of one split, in the order they are pushed, as shards of `folder`."""
 
-    Use as a context manager: leaving it writes the last block and the split's table, an error leaves only temporary
-    files behind. `record` is set afterwards.
-    """
+    layout = PAIRS
 
     def __init__(self, folder: Path, split: str, *, dtype: np.dtype[Any], block_pairs: int = 1024,
                  blocks_per_shard: int | None = None) -> None:
         """Shards end after `blocks_per_shard` blocks; None: with the block that reaches about 64 MB."""
-        self.folder, self.split, self.dtype = folder, split, dtype
-        self.block_pairs, self.blocks_per_shard = block_pairs, blocks_per_shard
-        self.record: SplitRecord | None = None
+        super().__init__(folder, split, dtype.itemsize)
+        self.dtype, self.block_pairs, self.blocks_per_shard = dtype, block_pairs, blocks_per_shard
         self._block: list[TokenPair] = []
-        self._blocks = self._pairs = self._tokens = self._bytes = 0
-        self._shard: OpenShard | None = None
-        self._table: list[tuple[int, int, int, int, bytes]] = []
 
     def push(self, pair: TokenPair, utf8_bytes: int) -> None:
         """Append one pair whose texts have `utf8_bytes` together.
@@ -87,15 +76,17 @@ class PairWriter:
             raise ValueError(f"{len(pair.negatives)} negatives have {len(pair.negative_ids)} ids and "
                              f"{len(pair.scores)} scores")
         self._block.append(pair)
-        self._pairs += 1
+        self._docs += 1
         self._bytes += utf8_bytes
         if len(self._block) == self.block_pairs:
             self._write_block()
 
+    @property
+    def _collected(self) -> bool:
+        return bool(self._block)
+
     def _write_block(self) -> None:
-        if self._shard is None:
-            self._shard = OpenShard(self.folder / shard_name(self.split, len(self._table)), PAIRS, self.dtype.itemsize)
-        shard, block, key = self._shard, self._block, f"{self.split}-{self._blocks:012d}"
+        shard, block, key = self._open_shard(), self._block, f"{self.split}-{self._blocks:012d}"
         negatives = sum(len(pair.negatives) for pair in block)
         row = {"pairs": len(block), "negatives": negatives}
         sides = ([pair.query for pair in block], [pair.positive for pair in block],
@@ -115,41 +106,12 @@ class PairWriter:
         provenance = b"".join(canonical_json(pair.provenance) + b"\n" for pair in block)
         row["prov_bytes"] = len(provenance)
         row["prov_offset"] = shard.add_member(f"{key}.prov.jsonl", provenance)
-        shard.add_row(row)
-        self._blocks += 1
+        self._end_block(row)
         self._block = []
         full = (row["prov_offset"] >= TARGET_SHARD_BYTES if self.blocks_per_shard is None
                 else shard.blocks == self.blocks_per_shard)
         if full:
             self._finish_shard()
-
-    def _finish_shard(self) -> None:
-        assert self._shard is not None
-        size, digest, pairs = self._shard.close()
-        self._table.append((self._pairs - pairs, pairs, size, len(self._table), digest))
-        self._shard = None
-
-    def close(self) -> SplitRecord:
-        """Write what is left, then the split's table. Returns the split's entry for the manifest."""
-        if self._block:
-            self._write_block()
-        if self._shard is not None:
-            self._finish_shard()
-        file_name, table_sha256 = write_table(self.folder, self.split, shard_table(self._table))
-        fsync(self.folder)
-        self.record = SplitRecord(tokens=self._tokens, docs=self._pairs, bytes=self._bytes, table=file_name,
-                                  table_sha256=table_sha256)
-        return self.record
-
-    def __enter__(self) -> PairWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
-        if kind is None:
-            self.close()
-        elif self._shard is not None:
-            self._shard.abandon()
 
 
 def _offsets(lengths: Any) -> npt.NDArray[np.int64]:
@@ -177,33 +139,10 @@ class PairBlock:
         return self.tokens[side][offsets[number]:offsets[number + 1]]
 
 
-class PairReader:
-    """Blocks of one shard of pairs as views of the mapped file.
+class PairReader(MappedShard):
+    """Blocks of one shard of pairs as views of the mapped file."""
 
-    Opening checks the index, never the content of the tar: that is `verify_shard`.
-
-    Raises:
-        DataCorruption: where the tar or its index is missing, cut short or not a pair.
-    """
-
-    def __init__(self, tar_path: Path) -> None:
-        self.path = tar_path
-        header, self._rows = read_index(index_path(tar_path), PAIRS)
-        self._token_dtype = np.dtype(f"<u{int(header['token_bytes'])}")
-        try:
-            with tar_path.open("rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as error:
-            raise DataCorruption(f"{tar_path}: shard cannot be read ({error})") from None
-        if len(self._map) != int(header["tar_bytes"]):
-            raise DataCorruption(f"{tar_path}: {len(self._map)} bytes, its index expects {int(header['tar_bytes'])}")
-        if hasattr(mmap, "MADV_RANDOM"):
-            self._map.madvise(mmap.MADV_RANDOM)
-
-    @property
-    def n_blocks(self) -> int:
-        """Blocks in this shard."""
-        return len(self._rows)
+    layout = PAIRS
 
     def block(self, number: int) -> PairBlock:
         """The arrays of a block, nothing copied."""
@@ -218,11 +157,6 @@ class PairReader:
             offsets={side: view("<i8", texts[side] + 1, f"{side}_starts") for side in SIDES},
             ids=view("<u8", 2 * pairs, "ids").reshape(-1, 2), n_ids=view("<u8", negatives, "n_ids"),
             n_offsets=view("<i8", pairs + 1, "n_offsets"), scores=view("<f4", negatives, "scores"))
-
-    def provenance(self, number: int) -> list[dict[str, Any]]:
-        """Where each pair of a block came from."""
-        start, size = int(self._rows[number]["prov_offset"]), int(self._rows[number]["prov_bytes"])
-        return [json.loads(line) for line in self._map[start:start + size].splitlines()]
 
 
 def stored_pairs(split: Split, offset: int = 0) -> Iterator[TokenPair]:

@@ -10,8 +10,6 @@ that are padding in every row.
 from __future__ import annotations
 
 import hashlib
-import mmap
-from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +20,18 @@ from numpy.typing import NDArray
 from data_prep.files import canonical_json
 from data_prep.manifest import Manifest
 from data_prep.pairs import PairBlock, PairReader
-from data_prep.shards import verify_shard
 from pretrain.config.source import DataConfig, PairsConfig
 from pretrain.data.batch import Batch
 from pretrain.data.bijection import as_keys, derive, permute, stream_key
-from pretrain.data.shards import FULL_VERIFY_BYTES, MAX_OPEN_SHARDS
-from pretrain.errors import DataCorruption, UserError
+from pretrain.data.stored import StoredSplit
+from pretrain.errors import UserError
 
 WIDTH_MULTIPLE = 8
 """Widths are multiples of this, which tensor cores like."""
 
 
-class PairSource:
-    """The pairs of one split as samples; sample i is pair i of the split. Safe to fork."""
+class PairSource(StoredSplit[PairReader]):
+    """The pairs of one split as samples; sample i is pair i of the split."""
 
     def __init__(self, manifest: Manifest, config: PairsConfig) -> None:
         """Open a split of a loaded manifest.
@@ -45,30 +42,16 @@ class PairSource:
         """
         manifest.require("pairs")
         assert manifest.pairs is not None
-        self.manifest, self.config, self._stored = manifest, config, manifest.pairs
-        self.split = manifest.split(config.split)
+        super().__init__(manifest, config.split)
+        self.config, self._stored = config, manifest.pairs
         if self.split.docs == 0:
             raise UserError(f'{manifest.folder}: split "{config.split}" has no pairs; prepare more or give it a share')
         special = len(self._stored.prefix_ids) + len(self._stored.suffix_ids)
         if min(config.query_length, config.passage_length) <= special:
             raise UserError(f"{manifest.folder}: the tokenizer puts {special} tokens around each text; query_length "
                             f"{config.query_length} and passage_length {config.passage_length} must be longer")
-        self._first_pair = self.split.table["first_token"].astype(np.int64)
-        self._open: OrderedDict[int, PairReader] = OrderedDict()
         self._negatives_key = as_keys(stream_key("pairs/negatives", config.seed))
-        verify = config.verify
-        if verify == "auto":
-            verify = "full" if int(self.split.table["bytes"].sum()) <= FULL_VERIFY_BYTES else "touch"
-        # Anonymous shared memory: what one loader process has hashed, its siblings need not hash again.
-        self._trusted = np.frombuffer(mmap.mmap(-1, self.split.n_shards), np.bool_)
-        self._trusted[:] = verify == "off"
-        if verify == "full":
-            for shard in range(self.split.n_shards):
-                self._verify(shard)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For loader processes that are spawned: mapped files stay behind and are opened again."""
-        return {**self.__dict__, "_open": OrderedDict()}
+        self._trust(config.verify)
 
     @property
     def fingerprint(self) -> str:
@@ -76,16 +59,6 @@ class PairSource:
         return hashlib.sha256(canonical_json({
             "kind": "pairs", "dataset": self.manifest.fingerprint,
             **self.config.model_dump(mode="json", exclude={"kind", "path", "verify"})})).hexdigest()
-
-    @property
-    def vocab_size(self) -> int:
-        """Token ids are below this."""
-        return self.manifest.vocab_size
-
-    @property
-    def tokenizer_sha256(self) -> str | None:
-        """SHA-256 of the tokenizer that gave the ids; None for ids without one."""
-        return self.manifest.tokenizer_sha256
 
     def __len__(self) -> int:
         """Pairs in the split."""
@@ -102,16 +75,15 @@ class PairSource:
 
         Raises IndexError for unknown ids, DataCorruption for a shard that fails its check at first use.
         """
-        if sample_ids.size and (sample_ids.min() < 0 or sample_ids.max() >= len(self)):
-            raise IndexError(f"pairs {sample_ids.min()} to {sample_ids.max()} asked of a source that has {len(self)}")
+        self._require_ids(sample_ids, len(self), "pairs")
         n, count = self.config.negatives_per_query, len(sample_ids)
         queries = _Rows(count, self.config.query_length, self._stored.pad_id)
         positives = _Rows(count, self.config.passage_length, self._stored.pad_id)
         negatives = _Rows(count * n, self.config.passage_length, self._stored.pad_id)
         ids = np.zeros((count, 2), np.uint64)
         negative_ids = np.zeros((count, n), np.uint64)
-        shards = np.searchsorted(self._first_pair, sample_ids, side="right") - 1
-        places = sample_ids - self._first_pair[shards]
+        shards = np.searchsorted(self._first_item, sample_ids, side="right") - 1
+        places = sample_ids - self._first_item[shards]
         for row, (sample, shard, place) in enumerate(zip(sample_ids.tolist(), shards.tolist(), places.tolist(),
                                                          strict=True)):
             number, at = divmod(place, self.split.block_pairs)
@@ -144,27 +116,13 @@ class PairSource:
     def _put(self, rows: _Rows, row: int, text: NDArray[Any]) -> None:
         rows.put(row, text, self._stored.prefix_ids, self._stored.suffix_ids)
 
-    def _opened(self, shard: int) -> PairReader:
-        """The mapped shard; hashed first where it has not been yet."""
-        opened = self._open.get(shard)
-        if opened is None:
-            if not self._trusted[shard]:
-                self._verify(shard)
-            opened = self._open[shard] = PairReader(self.split.tar_path(shard))
-            if len(self._open) > MAX_OPEN_SHARDS:
-                self._open.popitem(last=False)
-        return opened
-
-    def _verify(self, shard: int) -> None:
-        problem = verify_shard(self.split.tar_path(shard), self.split.table[shard], self.manifest.layout)
-        if problem:
-            raise DataCorruption(problem)
-        self._trusted[shard] = True
+    def _map(self, tar_path: Path) -> PairReader:
+        return PairReader(tar_path)
 
     def provenance(self, sample_id: int) -> list[dict[str, Any]]:
         """Where a pair came from, as a list of one."""
-        shard = int(np.searchsorted(self._first_pair, sample_id, side="right")) - 1
-        number, at = divmod(sample_id - int(self._first_pair[shard]), self.split.block_pairs)
+        shard = int(np.searchsorted(self._first_item, sample_id, side="right")) - 1
+        number, at = divmod(sample_id - int(self._first_item[shard]), self.split.block_pairs)
         return [self._opened(shard).provenance(number)[at]]
 
 

@@ -9,30 +9,23 @@ stay open.
 from __future__ import annotations
 
 import hashlib
-import mmap
-from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from data_prep.files import canonical_json
-from data_prep.manifest import Manifest, Split
-from data_prep.shards import CONTINUES, DOC_FLAGS, DOC_START, ShardReader, verify_shard
+from data_prep.manifest import Manifest
+from data_prep.shards import CONTINUES, DOC_FLAGS, DOC_START, ShardReader
 from pretrain.config.source import DataConfig, ShardsConfig
 from pretrain.data.batch import Batch
-from pretrain.errors import DataCorruption, UserError
+from pretrain.data.stored import StoredSplit, Verify
+from pretrain.errors import UserError
 
-MAX_OPEN_SHARDS = 512
-"""Mapped shards a process keeps; opening one costs about 0.1 ms."""
-FULL_VERIFY_BYTES = 2_000_000_000
-"""`verify: auto` hashes everything before the first step up to this size."""
 IGNORE_LABEL = -100
-
-
 DOC_COLUMNS = 5
 
 
@@ -40,6 +33,7 @@ DOC_COLUMNS = 5
 class _Opened:
     """What the inner loop needs of a mapped shard: the whole tar as tokens and as document rows, and where to look."""
 
+    reader: ShardReader
     tokens: NDArray[Any]
     docs: NDArray[np.int64]
     rows: NDArray[np.int64]
@@ -50,14 +44,14 @@ class _Opened:
         rows = np.stack([reader.rows["tokens_offset"] // dtype.itemsize, reader.rows["tokens"],
                          reader.rows["docs_offset"] // 8, reader.rows["docs"]], axis=1).astype(np.int64)
         # An npy payload in a tar begins at a multiple of 64 bytes, so that items line up in both views.
-        return cls(np.frombuffer(reader.data, dtype), np.frombuffer(reader.data, "<i8"), rows)
+        return cls(reader, np.frombuffer(reader.data, dtype), np.frombuffer(reader.data, "<i8"), rows)
 
 
-class ShardSource:
-    """The windows of one split as samples. Safe to fork: nothing in it has a file position."""
+class ShardSource(StoredSplit[_Opened]):
+    """The windows of one split as samples."""
 
     def __init__(self, manifest: Manifest, split: str, *, seq_len: int, stride: int | None = None,
-                 document_masking: bool = True, verify: Literal["full", "touch", "off", "auto"] = "auto") -> None:
+                 document_masking: bool = True, verify: Verify = "auto") -> None:
         """Open a split of a loaded manifest; `stride` None means seq_len.
 
         Raises:
@@ -65,27 +59,13 @@ class ShardSource:
             DataCorruption: with full verification, the first shard whose hash is not the recorded one.
         """
         manifest.require("documents")
-        self.manifest = manifest
-        self.split: Split = manifest.split(split)
+        super().__init__(manifest, split)
         self.seq_len, self.stride, self.document_masking = seq_len, stride or seq_len, document_masking
-        self._first_token = self.split.table["first_token"].astype(np.int64)
         self._dtype = np.dtype(manifest.dtype)
-        self._open: OrderedDict[int, _Opened] = OrderedDict()
         if self.split.tokens <= seq_len:
             raise UserError(f'{manifest.folder}: split "{split}" has {self.split.tokens} tokens, a window of '
                             f"data.seq_len {seq_len} needs {seq_len + 1}; prepare more text or lower data.seq_len")
-        if verify == "auto":
-            verify = "full" if int(self.split.table["bytes"].sum()) <= FULL_VERIFY_BYTES else "touch"
-        # Anonymous shared memory: what one loader process has hashed, its siblings need not hash again.
-        self._trusted = np.frombuffer(mmap.mmap(-1, self.split.n_shards), np.bool_)
-        self._trusted[:] = verify == "off"
-        if verify == "full":
-            for shard in range(self.split.n_shards):
-                self._verify(shard)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For loader processes that are spawned: mapped files stay behind and are opened again."""
-        return {**self.__dict__, "_open": OrderedDict()}
+        self._trust(verify)
 
     @property
     def fingerprint(self) -> str:
@@ -93,16 +73,6 @@ class ShardSource:
         return hashlib.sha256(canonical_json({
             "kind": "shards", "dataset": self.manifest.fingerprint, "split": self.split.name, "seq_len": self.seq_len,
             "stride": self.stride, "document_masking": self.document_masking})).hexdigest()
-
-    @property
-    def vocab_size(self) -> int:
-        """Token ids are below this."""
-        return self.manifest.vocab_size
-
-    @property
-    def tokenizer_sha256(self) -> str | None:
-        """SHA-256 of the tokenizer that gave the ids; None for ids without one."""
-        return self.manifest.tokenizer_sha256
 
     def __len__(self) -> int:
         """Windows in the split."""
@@ -118,12 +88,11 @@ class ShardSource:
             IndexError: for an id outside of [0, len).
             DataCorruption: for a shard found changed at its first use.
         """
-        if sample_ids.size and (sample_ids.min() < 0 or sample_ids.max() >= len(self)):
-            raise IndexError(f"windows {sample_ids.min()} to {sample_ids.max()} asked of a source that has {len(self)}")
+        self._require_ids(sample_ids, len(self), "windows")
         tokens = np.empty((len(sample_ids), self.seq_len + 1), self._dtype)
         first = sample_ids * self.stride
-        shards = np.searchsorted(self._first_token, first, side="right") - 1
-        blocks, offsets = np.divmod(first - self._first_token[shards], self.split.block_tokens)
+        shards = np.searchsorted(self._first_item, first, side="right") - 1
+        blocks, offsets = np.divmod(first - self._first_item[shards], self.split.block_tokens)
         boundaries: list[NDArray[np.int64]] = []
         places = zip(shards.tolist(), blocks.tolist(), offsets.tolist(), strict=True)
         for row, (shard, block, offset) in enumerate(places):
@@ -169,29 +138,8 @@ class ShardSource:
             if block == len(opened.rows):
                 shard, block = shard + 1, 0
 
-    def _opened(self, shard: int) -> _Opened:
-        """The mapped shard; hashed first where it has not been yet."""
-        opened = self._open.get(shard)
-        if opened is None:
-            opened = self._open[shard] = _Opened.of(self._reader(shard), self._dtype)
-            if len(self._open) > MAX_OPEN_SHARDS:
-                self._open.popitem(last=False)
-        elif self.split.n_shards > MAX_OPEN_SHARDS:
-            self._open.move_to_end(shard)
-        return opened
-
-    def _reader(self, shard: int) -> ShardReader:
-        """A new reader of a shard whose content is verified as far as asked."""
-        if not self._trusted[shard]:
-            self._verify(shard)
-        return ShardReader(self.split.tar_path(shard))
-
-    def _verify(self, shard: int) -> None:
-        """Compare a shard with its recorded hash. Raises DataCorruption naming the file."""
-        problem = verify_shard(self.split.tar_path(shard), self.split.table[shard])
-        if problem:
-            raise DataCorruption(problem)
-        self._trusted[shard] = True
+    def _map(self, tar_path: Path) -> _Opened:
+        return _Opened.of(ShardReader(tar_path), self._dtype)
 
     def provenance(self, sample_id: int) -> list[dict[str, Any]]:
         """Where each document that a window holds tokens of came from, in the order of the window."""
@@ -200,8 +148,8 @@ class ShardSource:
         end = position + self.seq_len
         while position < end:
             shard = self.split.shard_of(position)
-            block, offset = divmod(position - int(self._first_token[shard]), self.split.block_tokens)
-            reader = self._reader(shard)
+            block, offset = divmod(position - int(self._first_item[shard]), self.split.block_tokens)
+            reader = self._opened(shard).reader
             docs = reader.docs(block)
             taken = min(end - position, len(reader.tokens(block)) - offset)
             begin, stop = np.searchsorted(docs[:, DOC_START], (offset, offset + taken - 1), side="right").tolist()

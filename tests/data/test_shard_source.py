@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_datasets import counting_documents, write_dataset
 
-import pretrain.data.shards as shards_module
 from pretrain.config.source import DataConfig, ShardsConfig
+from pretrain.data import stored
 from pretrain.data.shards import ShardSource, open_shards
 from pretrain.errors import DataCorruption, UserError
 
@@ -70,7 +70,7 @@ def test_types_and_bounds(dataset):
 
 
 def test_open_maps_are_bounded(dataset, monkeypatch):
-    monkeypatch.setattr(shards_module, "MAX_OPEN_SHARDS", 3)
+    monkeypatch.setattr(stored, "MAX_OPEN_SHARDS", 3)
     source = ShardSource(dataset([200], block_tokens=8, blocks_per_shard=1), "train", seq_len=4)
     ids = np.random.default_rng(1).integers(0, len(source), 200)
     assert source.get(ids)["input_ids"][:, 0].tolist() == (ids * 4).tolist()
@@ -106,7 +106,7 @@ def test_flipped_byte_is_found_before_the_first_batch(dataset, verify):
 def test_flipped_byte_is_found_at_first_touch(dataset, monkeypatch):
     manifest = dataset([400], block_tokens=16, blocks_per_shard=5)
     flip_byte(manifest.folder / "train-000003.tar")
-    monkeypatch.setattr(shards_module, "FULL_VERIFY_BYTES", 10)
+    monkeypatch.setattr(stored, "FULL_VERIFY_BYTES", 10)
     for verify in ("touch", "auto"):
         source = open_with(manifest, verify)
         source.get(np.arange(29))  # tokens 0 to 232 of shards 0, 1, 2
@@ -117,10 +117,10 @@ def test_flipped_byte_is_found_at_first_touch(dataset, monkeypatch):
 
 def test_each_shard_is_hashed_once_for_all_loader_processes(dataset, monkeypatch):
     hashed = []
-    verify_shard = shards_module.verify_shard
-    monkeypatch.setattr(shards_module, "verify_shard", lambda path, row: hashed.append(path.name) or
-                        verify_shard(path, row))
-    monkeypatch.setattr(shards_module, "MAX_OPEN_SHARDS", 1)
+    verify_shard = stored.verify_shard
+    monkeypatch.setattr(stored, "verify_shard", lambda path, *rest: hashed.append(path.name) or
+                        verify_shard(path, *rest))
+    monkeypatch.setattr(stored, "MAX_OPEN_SHARDS", 1)
     source = open_with(dataset([400], block_tokens=16, blocks_per_shard=5), "touch")
     child = os.fork()
     if child == 0:
