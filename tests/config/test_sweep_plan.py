@@ -1,0 +1,49 @@
+"""What runs a sweep consists of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from pretrain.config.load import load_run_config
+from pretrain.config.sweep import SweepConfig
+from pretrain.errors import ConfigError
+
+
+def config(**values: Any) -> SweepConfig:
+    return SweepConfig.model_validate({"name": "s", "presets": ["demo"], **values})
+
+
+def test_every_seed_has_every_row_before_the_next_seed_begins() -> None:
+    found = config(presets={"a": "demo", "b": "baseline-27m"}, variants={"x": [], "y": ["optim.lr=1e-3"]}, seeds=[1, 2])
+    assert found.rows == ["a/x", "a/y", "b/x", "b/y"]
+    assert [(run.row, run.seed) for run in found.runs()] == [(row, seed) for seed in (1, 2) for row in found.rows]
+    assert len({run.name for run in found.runs()}) == 8
+
+
+def test_a_run_loads_with_its_seed_its_folder_and_its_variant_above_the_common_values() -> None:
+    sweep = config(sets=["optim.lr=5e-4"], variants={"low": [], "high": ["optim.lr=1e-2"]}, seeds=[7], nproc=3)
+    low, high = (load_run_config(run.target, run.sets).config for run in sweep.runs())
+    assert (low.optim.lr, high.optim.lr) == (5e-4, 1e-2)
+    assert (low.name, low.runs_dir, low.seed, low.launch.nproc) == ("low-s7", "runs/s", 7, 3)
+
+
+def test_one_preset_without_variants_is_its_own_row() -> None:
+    assert config().rows == ["demo"]
+    assert config().compared_with == "demo"
+    assert config(variants={"x": [], "y": []}, reference="y").compared_with == "y"
+
+
+@pytest.mark.parametrize(("values", "told"), [
+    ({"seeds": [1, 1]}, "not a replication"),
+    ({"variants": {"a/b": []}}, "part of a folder name"),
+    ({"variants": {"": [], "x": []}}, "has no label"),
+    ({"variants": {"x": [], "y": []}, "reference": "z"}, "is no row"),
+    ({"presets": ["demo", "other/demo.yaml"]}, "same name"),
+    ({"evaluate": ["--task 'needle"]}, "cannot be split"),
+])
+def test_what_makes_no_table_is_refused(values: dict[str, Any], told: str) -> None:
+    with pytest.raises((ValidationError, ConfigError), match=told):
+        config(**values)
