@@ -222,10 +222,11 @@ class Trainer:
         improved = bool(evaluators) and not last and self._evaluate(evaluators)
         every = self.config.checkpoint.every
         scheduled = every is not None and every.due(before, after) is not None
+        if self.config.monitor.log_every.due(before, after) is not None or last:
+            # Before the checkpoint: a kill after it would leave no row of this step, which nobody goes through again.
+            self.reporter.log(self.state, after, len(self.health.bad_steps.skipped), self.keeper.notice)
         if (scheduled or (improved and self.config.checkpoint.keep_best)) and not last:
             self._save(best=improved)
-        if self.config.monitor.log_every.due(before, after) is not None or last:
-            self.reporter.log(self.state, after, len(self.health.bad_steps.skipped), self.keeper.notice)
 
     def _evaluate(self, evaluators: Sequence[Evaluator]) -> bool:
         """Run evaluators on all ranks without touching training. True where the run's metric improved."""
