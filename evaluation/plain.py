@@ -28,7 +28,7 @@ class PlainCausalLM(nn.Module):
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None, document_ids: Tensor | None = None,
                 attention_mask: Tensor | None = None, past_key_values: Any | None = None, use_cache: bool = False,
-                return_logits: bool = False) -> LMOutput:
+                return_logits: bool = False, logits_to_keep: int = 0) -> LMOutput:
         """Logits of each document alone, then loss sums.
 
         Args:
@@ -37,13 +37,14 @@ class PlainCausalLM(nn.Module):
             document_ids: [B, T], equal inside a document; None: a row is one document.
             attention_mask: [B, T], 0 at padding, which is a document of its own.
             past_key_values, use_cache: for decoding rows of one document; then the other arguments are not allowed.
-            return_logits: also return logits [B, T, V].
+            return_logits: also return logits [B, T, V]; `logits_to_keep` > 0 limits them to the last positions.
         """
         if use_cache or past_key_values is not None:
             if labels is not None or document_ids is not None or attention_mask is not None:
                 raise ValueError("with a cache, rows are single documents and have no labels")
             out = self.native(input_ids=input_ids, past_key_values=past_key_values, use_cache=use_cache)
-            return LMOutput(logits=out.logits if return_logits else None, past_key_values=out.past_key_values)
+            return LMOutput(logits=out.logits[:, -logits_to_keep:] if return_logits else None,
+                            past_key_values=out.past_key_values)
         rows, starts, lengths = _documents(input_ids, document_ids, attention_mask)
         width = int(lengths.max())
         offsets = torch.arange(width, device=input_ids.device)
@@ -52,11 +53,11 @@ class PlainCausalLM(nn.Module):
         logits = self.native(input_ids=torch.where(inside, input_ids[rows[:, None], places], 0), use_cache=False).logits
         kept = logits[inside]
         if labels is None:
-            return LMOutput(logits=_back(kept, input_ids) if return_logits else None)
+            return LMOutput(logits=_back(kept, input_ids)[:, -logits_to_keep:] if return_logits else None)
         wanted = labels[rows[:, None], places][inside]
         nll, correct = _sums(kept, wanted)
         return LMOutput(nll_sum=nll, n_tokens=(wanted != IGNORE_LABEL).sum(), n_correct=correct,
-                        logits=_back(kept, input_ids) if return_logits else None)
+                        logits=_back(kept, input_ids)[:, -logits_to_keep:] if return_logits else None)
 
 
 def _documents(input_ids: Tensor, document_ids: Tensor | None, attention_mask: Tensor | None) -> tuple[Tensor, ...]:

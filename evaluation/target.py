@@ -67,9 +67,10 @@ class Target:
     provenance: dict[str, Any] = field(default_factory=dict)
     """What an export says of its own origin."""
 
-    def forward(self, **inputs: Any) -> Any:
-        """The model's forward as training calls it."""
-        return self.module(**inputs, controls=self.controls) if self.controls else self.module(**inputs)
+    def forward(self, *, controls: Mapping[str, float] | None = None, **inputs: Any) -> Any:
+        """The model's forward as training calls it; `controls` come on top of those of its step."""
+        both = {**self.controls, **(controls or {})}
+        return self.module(**inputs, controls=both) if both else self.module(**inputs)
 
     @property
     def family(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -39,8 +40,11 @@ class RunView(Protocol):
     world: int
     device: torch.device
 
-    def forward(self, **inputs: Any) -> Any:
-        """The model in eval mode without gradient. Collective: every rank calls it the same number of times."""
+    def forward(self, *, controls: Mapping[str, float] | None = None, **inputs: Any) -> Any:
+        """The model in eval mode without gradient. Collective: every rank calls it the same number of times.
+
+        `controls` come on top of those that the family's hooks give for this step.
+        """
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over ranks, in place."""

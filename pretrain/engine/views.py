@@ -27,9 +27,9 @@ class TrainingView:
         self._engine = engine
         self._controls = controls
 
-    def forward(self, **inputs: Any) -> Any:
-        """The model in eval mode without gradient; collective."""
-        return self._engine.forward(**inputs, controls=self._controls)
+    def forward(self, *, controls: Mapping[str, float] | None = None, **inputs: Any) -> Any:
+        """The model in eval mode without gradient; collective. `controls` come on top of those of this step."""
+        return self._engine.forward(**inputs, controls={**self._controls, **(controls or {})})
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over ranks, in place."""

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from pretrain.metrics.intervals import Interval, binomial_tail, clustered_proportion
 
@@ -32,9 +32,10 @@ class Rate:
         return self.hits / self.n
 
     @classmethod
-    def of(cls, hits: BoolArray, *, seed: int = 0) -> Rate:
+    def of(cls, hits: ArrayLike, *, seed: int = 0) -> Rate:
         """The rate of [N, K] (or [N]) outcomes; a row is a cluster. Raises ValueError where there is none."""
-        rows = hits.reshape(len(hits), -1)
+        outcomes = np.asarray(hits, np.bool_)
+        rows = outcomes.reshape(len(outcomes), -1)
         sums = rows.sum(axis=1)
         return cls(int(sums.sum()), rows.size, clustered_proportion(sums, np.full(len(rows), rows.shape[1]), seed=seed))
 
