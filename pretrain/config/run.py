@@ -76,20 +76,15 @@ class TrainConfig(Section):
     length: Interval = Field(Interval(1000, "steps"), description="length of the run")
     max_hours: float | None = Field(None, gt=0, description="stop with a checkpoint and exit 85 after this wall time")
     max_bad_steps: int = Field(10, ge=1, description="non-finite updates in a row before exit 4")
-    on_spike: Literal["warn", "skip"] = Field("warn", description="loss far above its running median: say so, or drop "
-                                              "the update as well")
+    on_spike: Literal["warn", "skip", "rewind"] = Field(
+        "warn", description="loss far above its running median: say so, drop the update, or go back to the checkpoint "
+        "before it and on after it")
+    max_rewinds: int = Field(3, ge=1, description="returns to one and the same step before exit 4")
     init_from: str | None = Field(None, description="export folder or checkpoint to take weights from (nothing else)")
     resume: Literal["auto", "never"] = Field("auto", description="auto: go on from the newest checkpoint of the run")
     target_perplexity: float | None = Field(None, gt=1, description="stop once validation perplexity is at or below")
     patience: int | None = Field(None, ge=1, description="stop after this many evaluations without improvement")
     gates_at_start: bool = Field(False, description="run the model gates before the first step; exit 5 if one fails")
-
-    @field_validator("on_spike", mode="before")
-    @classmethod
-    def _on_spike(cls, value: Any) -> Any:
-        if value == "rewind":
-            raise ValueError("rewind is not available; skip keeps a spike out of the weights without going back")
-        return value
 
 
 class OffloadConfig(Section):

@@ -56,6 +56,14 @@ class World:
         dist.all_reduce(tensor, op=dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX, group=self.control)
         return [int(v) for v in tensor]
 
+    def add_up(self, values: list[float]) -> list[float]:
+        """Element-wise sum over ranks of host numbers, exact for whole ones below 2^53. Collective."""
+        if self.size == 1:
+            return values
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor, group=self.control)
+        return [float(v) for v in tensor]
+
     def agree(self, flag: bool) -> bool:
         """True where the flag is true on every rank. Collective."""
         return self.reduce_ints([int(not flag)], "max")[0] == 0

@@ -40,7 +40,9 @@ class Holding:
 
 
 def restore(engine: Engine, checkpoint: Path, manifest: Manifest) -> None:
-    """Set weights, moments and step counts of a fresh engine to those of a verified checkpoint. Collective.
+    """Set weights, moments and step counts of an engine to those of a verified checkpoint. Collective.
+
+    The engine is fresh or stands at a step boundary.
 
     Raises UserError where the checkpoint's trained parameters are not the engine's, before anything is changed.
     """
@@ -66,6 +68,8 @@ def _fill(engine: Engine, shards: Shards, manifest: Manifest) -> None:
             targets |= {kind: torch.zeros_like(holding.master.data, dtype=torch.float32) for kind in MOMENTS}
             optimizer.state[holding.master] = {kind: targets[kind] for kind in MOMENTS}
             optimizer.state[holding.master]["step"] = _step(optimizer, holding.master, shards.step)
+        else:  # from before the first update, when there are no moments
+            optimizer.state.pop(holding.master, None)
         if sum(fragment.numel for fragment in holding.fragments) < holding.master.numel():
             holding.master.data.zero_()
         for kind, tensor in targets.items():

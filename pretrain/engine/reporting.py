@@ -15,11 +15,12 @@ import torch.distributed as dist
 from pretrain.config.interval import Progress
 from pretrain.engine.distributed import World
 from pretrain.engine.evaluator import Metric
-from pretrain.engine.state import RunState
+from pretrain.engine.state import Rewind, RunState
 from pretrain.engine.update import Sums, Update
 from pretrain.monitor.clock import TimeShares
 from pretrain.monitor.memory import peak_device_memory, peak_rss
 from pretrain.monitor.progress import Progress as ProgressDisplay
+from pretrain.monitor.rows import REWIND
 from pretrain.monitor.throughput import Throughput
 from pretrain.monitor.writers import MetricsWriter
 from pretrain.runfolder.layout import RunFolder
@@ -100,11 +101,22 @@ class Reporter:
         self.writer.write(row)
         _log.info("step %d: %s", state.step, ", ".join(f"{name} {m.value:.4f}" for name, m in results.items()))
 
+    def rewound(self, state: RunState, progress: Progress, rewind: Rewind) -> None:
+        """Write the row that takes the record back to `state`, and the status. What was summed up since is dropped."""
+        self._sums = {}
+        if self.writer is not None:
+            self.writer.write({"step": state.step, "k": state.k, "tokens": progress.tokens,
+                               REWIND: len(state.rewinds), "rewind/step": rewind["step"], "rewind/batch": rewind["k"],
+                               "rewind/loss": rewind["loss"]})
+        self._status_written = -math.inf
+        self.write_status(state)
+
     def write_status(self, state: RunState, notice: str = "") -> None:
         """Bring status.json up to date; at most every few seconds, because it is flushed to the disk."""
         if self.status is not None and time.monotonic() - self._status_written > _STATUS_SECONDS:
             self._status_written = time.monotonic()
-            self.status = replace(self.status, step=state.step, k=state.k, message=notice).write(self.folder)
+            self.status = replace(self.status, step=state.step, k=state.k, rewinds=len(state.rewinds),
+                                  message=notice).write(self.folder)
 
     def _reduce(self) -> dict[str, float]:
         """Means over the updates since the last row and over ranks."""

@@ -97,7 +97,8 @@ def _train(loaded: LoadedConfig, world: World, claim: Claim, signals: StopSignal
                 trainer.reporter.writer.close()
             if trainer.reporter.status is not None:
                 claim.status = replace(trainer.reporter.status, step=trainer.state.step, k=trainer.state.k,
-                                       total_steps=trainer.total_steps, reason=trainer.reporter.reason)
+                                       total_steps=trainer.total_steps, reason=trainer.reporter.reason,
+                                       rewinds=len(trainer.state.rewinds))
     return code
 
 

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -318,10 +319,11 @@ def _assemble(config: RunConfig, batch: ResolvedBatch, world: World, claim: Clai
     stop = StopRequests(claim.folder, signals, is_main=world.is_main, max_hours=config.train.max_hours,
                         started=time.monotonic() - process_age())
     profile = config.monitor.profile_steps
+    open_at = partial(open_loader, config, batch, world, data)
     objective = resolve(OBJECTIVES, config.objective.name, "objective.name")(config.objective)
     return Trainer(
         config=config, batch=batch, engine=engine, objective=objective, hooks=hooks,
-        loader=open_loader(config, batch, world, data, start_k), evaluators=evaluators,
+        loader=open_at(start_k), open_loader=open_at, evaluators=evaluators,
         lr=lr, state=RunState(), total_steps=steps, epoch_samples=data.epoch_samples, data_fingerprint=data.fingerprint,
         stop=stop, reporter=reporter,
         keeper=Keeper(claim.folder, claim.lease, config.checkpoint, lengths.keep_every, _mirror(config, claim, world)),
@@ -352,12 +354,7 @@ def _load(engine: Engine, claim: Claim, config: RunConfig, data: TrainingData) -
 
 def _resume(trainer: Trainer, snapshot: Snapshot, claim: Claim) -> None:
     """Everything beside weights, moments and the loader, which are there already."""
-    trainer.state = RunState.from_json(snapshot.state)
-    trainer.saved = RunState.from_json(snapshot.state)
-    trainer.lr.load_state_dict(snapshot.schedule)
-    trainer.health.load_state_dict(snapshot.health)
-    trainer.hooks.load_state_dict(snapshot.hooks)
-    trainer.probe_inputs = snapshot.probe_inputs
+    trainer.restore(snapshot)
     if trainer.engine.world.is_main:
         assert claim.resume is not None
         _log.info("resumed from %s: step %d, batch %d", claim.resume.path, trainer.state.step, trainer.state.k)

@@ -5,10 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 from pretrain.config.interval import Progress
 from pretrain.config.run import ResolvedBatch
+
+
+class Rewind(TypedDict):
+    """A return to a checkpoint in the running process."""
+
+    k: int
+    """The batch that was the reason; those from the checkpoint on up to it are passed over."""
+    step: int
+    """Updates applied when it came."""
+    loss: float | None
+    """None where it was not finite."""
+    checkpoint: str
+    to_step: int
+    to_k: int
 
 
 @dataclass(slots=True)
@@ -25,6 +39,9 @@ class RunState:
     evaluations_without_improvement: int = 0
     lr_override: float | None = None
     stopped_early: str | None = None
+    rewinds: list[Rewind] = field(default_factory=list)
+    owed: list[str] = field(default_factory=list)
+    """Evaluators that a request to stop cut short at this step; they run first when the run goes on."""
 
     def progress(self, batch: ResolvedBatch, seq_len: int, epoch_samples: int | None) -> Progress:
         """Progress for intervals. Micro-steps, samples and tokens count what was consumed."""

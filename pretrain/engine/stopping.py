@@ -83,12 +83,27 @@ class StopRequests:
         self._is_main = is_main
         self._deadline = started + max_hours * 3600 if max_hours else None
         self._last_poll = 0.0
+        self._waiting = 0
         self.reason = ""
         self.control_values: dict[str, str] = {}
 
-    def take(self, now: float | None = None) -> int:
+    def take(self) -> int:
         """Requests since the last call, as bits."""
-        now = time.monotonic() if now is None else now
+        self._waiting |= self._look(time.monotonic())
+        bits, self._waiting = self._waiting, 0
+        return bits
+
+    @property
+    def stopping(self) -> bool:
+        """Whether this rank has been asked to stop. The request stays for `take`."""
+        self._waiting |= self._look(time.monotonic())
+        return bool(self._waiting & STOP)
+
+    def discard(self) -> list[str]:
+        """Remove the requests in the control folder, which came too late; their names. Rank 0's."""
+        return list(poll(self._folder))
+
+    def _look(self, now: float) -> int:
         bits = 0
         if self._signals is not None and self._signals.reason:
             bits |= SAVE | STOP

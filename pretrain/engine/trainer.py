@@ -1,14 +1,15 @@
 """The one training loop, for all families and objectives.
 
 A step: agree on requests and token counts (one small host-side all-reduce), run the update, advance the cursor, then
-fire what is due: evaluation, checkpoint, log. Every rank takes the same way through it.
+fire what is due: evaluation, checkpoint, log. Every rank takes the same way through it. A loss spike may take it back
+to a checkpoint (`rewind`).
 """
 
 from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -19,21 +20,22 @@ import torch.distributed as dist
 from pretrain.config.interval import Progress
 from pretrain.config.load import load_run_config
 from pretrain.config.run import ResolvedBatch, RunConfig
-from pretrain.config.suggest import nearest
 from pretrain.data.batch import Batch
 from pretrain.data.loader import Update as LoadedUpdate
 from pretrain.data.loader import UpdateLoader
-from pretrain.engine import checkpoint, rng
+from pretrain.engine import checkpoint
 from pretrain.engine.build import Engine
-from pretrain.engine.evaluator import Evaluator, Metric
+from pretrain.engine.evaluations import Evaluations
+from pretrain.engine.evaluator import Evaluator
 from pretrain.engine.keeping import Keeper
 from pretrain.engine.reporting import Reporter
+from pretrain.engine.rewind import rewind
 from pretrain.engine.schedule import LearningRate
 from pretrain.engine.state import RunState
 from pretrain.engine.stopping import EVAL, RELOAD, SAVE, STOP, StopRequests
 from pretrain.engine.update import Update, local_counts, run_full_update, run_sum_update, term_names
-from pretrain.engine.views import FamilyStepContext, TrainingView
-from pretrain.errors import ConfigError, ExitCode, PretrainError
+from pretrain.engine.views import FamilyStepContext
+from pretrain.errors import Divergence, ExitCode, PretrainError
 from pretrain.models.base import Hooks
 from pretrain.monitor.health import Health
 from pretrain.monitor.profiler import StepProfiler
@@ -56,6 +58,8 @@ class Trainer:
     objective: Any
     hooks: Hooks
     loader: UpdateLoader
+    open_loader: Callable[[int], UpdateLoader]
+    """The loader from update k on."""
     evaluators: Sequence[Evaluator]
     lr: LearningRate
     state: RunState
@@ -67,12 +71,15 @@ class Trainer:
     keeper: Keeper
     health: Health
     profiler: StepProfiler | None = None
-    evaluated: dict[str, int] = field(default_factory=dict)
-    """Step of the last evaluation by evaluator."""
     saved: RunState | None = None
     """State of the last checkpoint written or loaded."""
     probe_inputs: dict[str, torch.Tensor] = field(default_factory=dict)
     """The stored micro-batch of checkpoints; taken from the first update of a fresh run."""
+    _share: tuple[int, float] | None = None
+    """(step, this rank's share of the loss) of an update whose whole loss is not known yet."""
+
+    def __post_init__(self) -> None:
+        self.evaluations = Evaluations(self.config, self.engine, self.hooks, self.lr, self.reporter, self.stop)
 
     @property
     def progress(self) -> Progress:
@@ -94,15 +101,29 @@ class Trainer:
         are repaired the run goes on at the very batch.
         """
         self.reporter.reason = self.state.stopped_early or "length reached"
-        if self._complete:
+        owed = [e for e in self.evaluators if e.name in self.state.owed]
+        if self._complete and not owed:
             _log.info("%s is complete: step %d of %d (%s); nothing to do", self.keeper.folder.root, self.state.step,
                       self.total_steps, self.reporter.reason)
+            self._discard_requests()
             return ExitCode.DONE
+        if owed and self.state.step < self.total_steps and self._evaluate(owed) and self.config.checkpoint.keep_best:
+            self._save(best=True)
         while not self._complete:
             if self.step():
                 return ExitCode.STOPPED
-        self._finish()
-        return ExitCode.DONE
+        return self._finish()
+
+    def restore(self, snapshot: checkpoint.Snapshot) -> None:
+        """Take over all of a loaded checkpoint that is not in the engine. The loader is the caller's."""
+        self.state = RunState.from_json(snapshot.state)
+        self.saved = RunState.from_json(snapshot.state)
+        self.lr.load_state_dict(snapshot.schedule)
+        self.health.load_state_dict(snapshot.health)
+        self.hooks.load_state_dict(snapshot.hooks)
+        self.probe_inputs = snapshot.probe_inputs
+        self.evaluations.done.clear()
+        self._share = None
 
     def step(self) -> bool:
         """Run the next update and whatever is due after it. True where a request to stop was served instead."""
@@ -133,11 +154,21 @@ class Trainer:
     def _agree(self, loaded: LoadedUpdate | PretrainError, counts: list[int]) -> tuple[int, list[int]]:
         """Requests of any rank as bits, and the global counts of a sum objective's terms."""
         mine = self.stop.take() | (_NO_DATA if isinstance(loaded, PretrainError) else 0)
-        summed = self.engine.world.reduce_ints([*counts, *(int(bool(mine & bit)) for bit in _BITS)])
+        share = self._share[1] if self._share is not None else 0.0
+        *summed, loss = self.engine.world.add_up([*counts, *(int(bool(mine & bit)) for bit in _BITS), share])
+        self._judge_late(loss)
         requests = 0
         for bit, seen in zip(_BITS, summed[len(counts):], strict=True):
             requests |= bit if seen else 0
-        return requests, summed[:len(counts)]
+        return requests, [int(total) for total in summed[:len(counts)]]
+
+    def _judge_late(self, summed: float) -> None:
+        """Judge the last update by its loss, the mean over ranks of their shares."""
+        if self._share is not None:
+            step, self._share = self._share[0], None
+            alarm = self.health.late_loss(step, summed / self.engine.world.size)
+            if alarm is not None and self.engine.world.is_main:
+                _log.warning("%s", alarm)
 
     def _serve(self, requests: int, loaded: LoadedUpdate | PretrainError) -> bool:
         """Do what was asked for at this boundary. True where the run is to stop now."""
@@ -150,8 +181,7 @@ class Trainer:
         if requests & _NO_DATA:
             self.engine.world.all_or_none(lambda: _raise(loaded))
         if requests & STOP:
-            self.reporter.reason = self.engine.world.broadcast(self.stop.reason) or "requested on another rank"
-            _log.info("stopped at step %d (%s)", self.state.step, self.reporter.reason)
+            self._told_stop()
         return bool(requests & STOP)
 
     def _reload_lr(self) -> None:
@@ -179,16 +209,43 @@ class Trainer:
         controls = self.hooks.controls(self.state.step)
         peak = self.config.optim.lr if self.state.lr_override is None else self.state.lr_override
         rate = peak * self.lr.factor(self.state.step)
-        clock = self.reporter.clock
+        clock, policy = self.reporter.clock, self.config.train.on_spike
+        judge = partial(self.health.spike, self.state.step) if policy != "warn" else None
         if self._sums:
-            judge = partial(self.health.spike, self.state.step) if self.config.train.on_spike == "skip" else None
             update = run_sum_update(self.engine, self.objective, loaded.micro_batches, totals, controls,
                                     step=self.state.step, lr=rate, clock=clock, judge=judge)
         else:
-            update = run_full_update(self.engine, self.objective, loaded.micro_batches, controls, lr=rate, clock=clock)
-        self._advance(loaded, update)
-        self.reporter.add(update, rate, self.state.step, self._tokens_per_step)
-        self._due(before, self.progress)
+            update = run_full_update(self.engine, self.objective, loaded.micro_batches, controls, lr=rate, clock=clock,
+                                     judge=judge)
+        if self._accept(loaded, update):
+            self.reporter.add(update, rate, self.state.step, self._tokens_per_step)
+            self._due(before, self.progress)
+
+    def _accept(self, loaded: LoadedUpdate, update: Update) -> bool:
+        """Move the cursor past an update; or, where it is a reason to, back to a checkpoint: then False."""
+        rewinds = self.config.train.on_spike == "rewind"
+        loss = float(update.metrics["loss"][0]) if update.loss is None else update.loss
+        if rewinds and update.spike is not None:
+            if self._rewind(loaded.k, loss, str(update.spike)):
+                return False
+            if self.engine.world.is_main:
+                what = "the update is applied, as this objective knows its loss too late" if update.outcome.applied \
+                    else "the update is skipped"
+                _log.warning("batch %d: there is no checkpoint to go back to yet; %s", loaded.k, what)
+        try:
+            self._advance(loaded, update, loss)
+        except Divergence as error:
+            if not rewinds or not self._rewind(loaded.k, loss, str(error)):
+                raise
+            return False
+        return True
+
+    def _rewind(self, k: int, loss: float, why: str) -> bool:
+        """Go back because of batch `k`, and save where that leads. False where there is nothing to go back to."""
+        gone = rewind(self, k, loss, why)
+        if gone:
+            self._save()  # a run that is killed now does not go through those batches again
+        return gone
 
     def _shared_probe(self, first: Batch) -> dict[str, torch.Tensor]:
         """Rank 0's first micro-batch, on every rank: checkpoints prove themselves with it."""
@@ -198,7 +255,7 @@ class Trainer:
                 dist.broadcast(inputs[name], src=0)
         return inputs
 
-    def _advance(self, loaded: LoadedUpdate, update: Update) -> None:
+    def _advance(self, loaded: LoadedUpdate, update: Update, loss: float) -> None:
         state = self.state
         state.k = loaded.k + 1
         if update.outcome.applied:
@@ -210,9 +267,10 @@ class Trainer:
             why = update.spike or f"gradient norm {update.outcome.grad_norm}"
             _log.warning("batch %d skipped: %s; samples %d to %d (see `pretrain data at RUN --batch %d`)",
                          loaded.k, why, first, first + self.batch.global_batch_size - 1, loaded.k)
-        loss = float(update.metrics["loss"][0]) if update.loss is None else update.loss
+        if update.loss is None and update.outcome.applied:
+            self._share = state.step, loss
         for alarm in self.health.update(state.step, loaded.k, update.outcome.applied, loss, update.outcome.grad_norm,
-                                        spike=update.spike is not None):
+                                        spike=update.spike is not None, whole=update.loss is not None):
             if self.engine.world.is_main:
                 _log.warning("%s", alarm)
 
@@ -229,48 +287,15 @@ class Trainer:
             self._save(best=improved)
 
     def _evaluate(self, evaluators: Sequence[Evaluator]) -> bool:
-        """Run evaluators on all ranks without touching training. True where the run's metric improved."""
-        results: dict[str, Metric] = {}
-        was_training = self.engine.model.training
-        self.evaluated |= {evaluator.name: self.state.step for evaluator in evaluators}
-        with self.reporter.aside("eval"), rng.preserved(), torch.no_grad():
-            self.engine.ds.eval()
-            try:
-                for evaluator in evaluators:
-                    view = TrainingView(self.config, self.state.step, self.engine, self.hooks.controls(self.state.step))
-                    results.update(evaluator.evaluate(view).metrics)
-            finally:
-                self.engine.ds.train(was_training)
-        self.reporter.evaluation(self.state, self.progress, results)
-        metric = self.config.eval.metric
-        if metric not in results and len(evaluators) == len(self.evaluators):
-            error = ConfigError("eval.metric", f"no evaluation gives {metric}{nearest(metric, results)}; there are "
-                                f"{', '.join(sorted(results))}")
-            error.agreed = True  # results are equal on all ranks
-            raise error
-        return self._judge(results)
-
-    def _judge(self, results: dict[str, Metric]) -> bool:
-        """Select, cut the rate on a plateau, stop early."""
-        chosen = results.get(self.config.eval.metric)
-        if chosen is None:
-            return False
-        improved = self.state.observe(chosen.value, higher_is_better=chosen.higher_is_better)
-        if self.lr.observe(-chosen.value if chosen.higher_is_better else chosen.value):
-            _log.info("plateau: learning-rate factor cut to %g", self.lr.plateau.factor)
-        train = self.config.train
-        perplexity = results.get("val/perplexity")
-        if train.patience and self.state.evaluations_without_improvement >= train.patience:
-            self.state.stopped_early = f"no improvement of {self.config.eval.metric} in {train.patience} evaluations"
-        if train.target_perplexity and perplexity and perplexity.value <= train.target_perplexity:
-            reached = f"{perplexity.value:.4g} reached {train.target_perplexity:g}"
-            self.state.stopped_early = f"validation perplexity {reached}"
-        return improved
+        whole = len(evaluators) == len(self.evaluators)
+        return self.evaluations.run(evaluators, self.state, self.progress, whole=whole)
 
     def _save(self, *, best: bool = False) -> bool:
-        """Write a checkpoint. False where there is nothing new to keep."""
+        """Write a checkpoint. False where there is nothing new to keep. Collective."""
         if not self.probe_inputs or (self.state == self.saved and not best):
             return False
+        if self._share is not None:
+            self._judge_late(*self.engine.world.add_up([self._share[1]]))
         if self.reporter.writer is not None:
             self.reporter.writer.sync()
         with self.reporter.aside("save"):
@@ -282,14 +307,28 @@ class Trainer:
         self.saved = copy.deepcopy(self.state)
         return True
 
-    def _finish(self) -> None:
-        """Final evaluation and checkpoint."""
+    def _finish(self) -> ExitCode:
+        """Final evaluation and checkpoint. Where a request to stop cuts the evaluation short, only that is left."""
         self.reporter.reason = self.state.stopped_early or "length reached"
+        self.state.owed = []
         if self.profiler is not None:
             self.profiler.close()
-        due = [e for e in self.evaluators if self.evaluated.get(e.name) != self.state.step]
+        due = [e for e in self.evaluators if self.evaluations.done.get(e.name) != self.state.step]
         best = self._evaluate(due) if due else False
         self._save(best=best and bool(self.config.checkpoint.keep_best))
+        if self.state.owed:
+            self._told_stop()
+            return ExitCode.STOPPED
+        self._discard_requests()
+        return ExitCode.DONE
+
+    def _told_stop(self) -> None:
+        self.reporter.reason = self.engine.world.broadcast(self.stop.reason) or "requested on another rank"
+        _log.info("stopped at step %d (%s)", self.state.step, self.reporter.reason)
+
+    def _discard_requests(self) -> None:
+        for name in self.stop.discard() if self.engine.world.is_main else ():
+            _log.info("control/%s: came after the end of the run and is removed", name)
 
 
 def _raise(loaded: LoadedUpdate | PretrainError) -> None:

@@ -29,9 +29,9 @@ class Update:
     metrics: Sums
     """To be added up over updates and ranks, then divided; `loss` is among them."""
     loss: float | None = None
-    """Mean over all ranks, where the update was judged by it."""
+    """Of the whole update, equal on every rank, where that is known: `metrics` of a sum objective hold shares."""
     spike: Alarm | None = None
-    """Why it was dropped, where its loss was a spike."""
+    """What was judged a spike. A sum objective's update was then dropped; the other kind's was applied."""
 
 
 def term_names(objective: SumObjective) -> list[str]:
@@ -166,8 +166,12 @@ class EngineHandle:
 
 
 def run_full_update(engine: Engine, objective: UpdateObjective, micro_batches: Sequence[Batch],
-                    controls: Mapping[str, float], *, lr: float, clock: TimeShares) -> Update:
-    """One update of an objective that drives forward and backward itself."""
+                    controls: Mapping[str, float], *, lr: float, clock: TimeShares,
+                    judge: Callable[[float], Alarm | None] | None = None) -> Update:
+    """One update of an objective that drives forward and backward itself.
+
+    `judge` gets its loss once it is over: only going back to a checkpoint can then undo it.
+    """
     handle = EngineHandle(engine, controls, clock)
     result = objective.run(handle, micro_batches, controls)
     if result.finite and not handle.closed:
@@ -182,4 +186,6 @@ def run_full_update(engine: Engine, objective: UpdateObjective, micro_batches: S
     device = engine.world.device
     one = torch.ones((), dtype=torch.float64, device=device)
     figures = {**result.metrics, "loss": result.loss}
-    return Update(outcome, {k: (torch.tensor(v, dtype=torch.float64, device=device), one) for k, v in figures.items()})
+    metrics = {k: (torch.tensor(v, dtype=torch.float64, device=device), one) for k, v in figures.items()}
+    spike = judge(result.loss) if judge is not None and outcome.applied else None
+    return Update(outcome, metrics, result.loss, spike)

@@ -131,18 +131,23 @@ class Health:
         return self._loss.judge(step, loss)
 
     def update(self, step: int, k: int, applied: bool, loss: float, grad_norm: float, *,
-               spike: bool = False) -> list[Alarm]:
+               spike: bool = False, whole: bool = True) -> list[Alarm]:
         """Judge one update; one that was skipped (for a `spike` or for not being finite) leaves the medians alone.
 
+        Where `loss` is not that of the `whole` update but this rank's share, `late_loss` judges it once it is known.
         Raises Divergence after too many skipped ones in a row.
         """
         self.bad_steps.update(k, applied, loss, grad_norm, spike=spike)
         if not applied:
             return []
-        alarms = [self._loss.update(step, loss), self._grad.update(step, grad_norm)]
+        alarms = [self._loss.update(step, loss) if whole else None, self._grad.update(step, grad_norm)]
         if grad_norm == 0.0:
             alarms.append(Alarm("grad_zero", step, 0.0, 0.0, 0.0))
         return [alarm for alarm in alarms if alarm is not None]
+
+    def late_loss(self, step: int, loss: float) -> Alarm | None:
+        """Judge the loss of an applied update that `update` took without it. Losses come in the order of the steps."""
+        return self._loss.update(step, loss)
 
     def state_dict(self) -> dict[str, Any]:
         """JSON values."""

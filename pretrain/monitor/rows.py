@@ -1,7 +1,8 @@
 """Rows of `metrics.jsonl`: how one is written, and which of them count.
 
 The file is the record of a run. Every row carries the fence number of its writer; after a restart the rows of steps
-that a later holder went through again are superseded, and so is whatever a stale process still appends.
+that a later holder went through again are superseded, and so is whatever a stale process still appends. A run that goes
+back to a checkpoint by itself says so in a row, which supersedes the later steps above it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from pretrain.runfolder.layout import RunFolder
 log = logging.getLogger(__name__)
 Value = float | int | str | None
 Row = dict[str, Value]
+REWIND = "rewind"
+"""Key of the row of a return to an earlier step: rows above it of later steps no longer count."""
 _NOTE = "_nonfinite"
 _TAIL = 1 << 16
 
@@ -72,7 +75,13 @@ def _counting(folder: RunFolder, rows: list[Row | None]) -> list[Row]:
     if len(whole) < len(rows):
         log.warning("%s: %d torn lines passed over", folder.metrics_jsonl, len(rows) - len(whole))
     chain = read_chain(folder.lease_dir, {_integer(row, "fence") for row in whole})
-    return [row for row in whole if chain.counts(_integer(row, "fence"), _integer(row, "step"))]
+    kept: list[Row] = []
+    for row in whole:
+        if chain.counts(_integer(row, "fence"), _integer(row, "step")):
+            if row.get(REWIND) is not None:
+                kept = [before for before in kept if _integer(before, "step") <= _integer(row, "step")]
+            kept.append(row)
+    return kept
 
 
 def _integer(row: Row, key: str) -> int:

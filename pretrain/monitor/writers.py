@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.errors import UserError
-from pretrain.monitor.rows import Row, Value, encode, read_metrics
+from pretrain.monitor.rows import REWIND, Row, Value, encode, read_metrics
 from pretrain.monitor.wandb_run import WandbOptions, WandbRun
 from pretrain.runfolder.holder import Holder
 from pretrain.runfolder.layout import RunFolder
@@ -40,7 +40,8 @@ class MetricsWriter:
     def write(self, row: Mapping[str, Value]) -> None:
         """Write one row; it has a `step`. It survives the death of the process from here on, though not of the machine.
 
-        A full disk costs rows and a warning, not the run.
+        A full disk costs rows and a warning, not the run. A row with `rewind` takes the run back to its step: what was
+        written of later ones no longer counts.
         """
         self._jsonl.write(encode(row, self._fence))
         self._csv.write(row)
@@ -103,7 +104,7 @@ class _CsvView:
     def write(self, row: Mapping[str, Value]) -> None:
         """Append `row`, which the record has already."""
         try:
-            if not self._known.issuperset(row):
+            if not self._known.issuperset(row) or row.get(REWIND) is not None:
                 self._file.close()
                 self._file = self._rebuild()
             else:
@@ -144,9 +145,8 @@ class _TensorBoard:
         self._failed = False
         self._writer: Any = EventFileWriter(str(folder.tensorboard_dir), max_queue_size=1000, flush_secs=10)
         holder = Holder.read(folder.lease_dir / str(fence))
-        if holder is not None and holder.resumed_from is not None:  # hides what earlier files say of later steps
-            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-            self._add(holder.resumed_from["step"] + 1, session_log=start)
+        if holder is not None and holder.resumed_from is not None:
+            self._hide_from(holder.resumed_from["step"] + 1)
 
     def write(self, row: Mapping[str, Value]) -> None:
         step = row.get("step")
@@ -154,10 +154,16 @@ class _TensorBoard:
                   if isinstance(value, (int, float)) and key != "step"]
         if values and isinstance(step, int) and not self._failed:
             try:
+                if row.get(REWIND) is not None:
+                    self._hide_from(step + 1)
                 self._add(step, summary=self._summary.Summary(value=values))
             except Exception as error:  # its thread hands on whatever stopped it, a full disk for one
                 self._failed = True
                 log.warning("TensorBoard stopped (%s); the metrics stay in metrics.jsonl", error)
+
+    def _hide_from(self, step: int) -> None:
+        """Hide what was written so far of `step` and later ones."""
+        self._add(step, session_log=self._event.SessionLog(status=self._event.SessionLog.START))
 
     def _add(self, step: int, *, summary: Any = None, session_log: Any = None) -> None:
         self._writer.add_event(self._event.Event(wall_time=time.time(), step=step, summary=summary,

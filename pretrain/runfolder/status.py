@@ -48,6 +48,8 @@ class Status:
     updated: float = 0.0
     """Unix time of this record."""
     restarts: int = 0
+    rewinds: int = 0
+    """Times that the run went back to a checkpoint by itself (`train.on_spike: rewind`)."""
 
     def ended(self, code: ExitCode, reason: str, message: str = "") -> Status:
         """The verdict of a process that leaves with `code`."""
