@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from pretrain.engine.distributed import World
-from tests.engine import afrb_cases, elastic_cases, feature_cases, shared_cases, toy
+from tests.engine import afrb_cases, elastic_cases, feature_cases, interruption_cases, rewind_cases, shared_cases, toy
 from tests.engine.running import finish, run, start
 from tests.engine.world import main
 
@@ -82,7 +82,7 @@ CASES = {"bare_loop": bare_loop, "splits": shared_cases.splits, "contrastive": s
          "frozen_and_buffers": shared_cases.frozen_and_buffers, "read_write": shared_cases.read_write,
          "evaluation_changes_nothing": evaluation_changes_nothing, "golden": golden,
          "next_link": next_link, "undisturbed": elastic_cases.undisturbed, "proof": elastic_cases.proof,
-         **feature_cases.CASES,
+         **feature_cases.CASES, **rewind_cases.CASES, **interruption_cases.CASES,
          **afrb_cases.CASES}
 
 if __name__ == "__main__":

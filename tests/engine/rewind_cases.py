@@ -144,6 +144,9 @@ def ends(world: World, folder: Path) -> dict[str, Any]:
         early = {**sections(key), "checkpoint": {"every": "45 steps"}}
         with planted(world, [SPIKE]), Lines() as lines:
             found[f"early-{key}"] = outcome(start(world, folder, f"early-{key}", **early)) | {"lines": lines}
+    warned = sections("2", on_spike="warn")
+    with planted(world, [SPIKE]), Lines() as lines:
+        found["warn"] = outcome(start(world, folder, "warn", **warned)) | {"lines": lines}
     with planted(world, range(SPIKE, 10 * SPIKE)):
         trainer = start(world, folder, "stuck", **sections("2", max_rewinds=2))
         try:

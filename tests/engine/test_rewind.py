@@ -60,6 +60,13 @@ def test_without_a_checkpoint_a_spike_is_skipped_and_that_is_said(small: dict[st
     assert any("the update is applied, as this objective knows its loss too late" in line for line in other["lines"])
 
 
+def test_a_spike_on_one_rank_is_told_by_the_loss_of_all(small: dict[str, Any]) -> None:
+    found = case(small, "rewinds_end")["warn"]
+    assert (found["skipped"], found["rewinds"], found["k"]) == ([], [], LENGTH)
+    (line,) = [line for line in found["lines"] if "deviations" in line and ": loss" in line]
+    assert line.startswith(f"step {SPIKE + 1}: loss")
+
+
 def test_a_run_that_does_not_get_past_a_step_ends_with_4(small: dict[str, Any]) -> None:
     found = case(small, "rewinds_end")["stuck"]
     assert found["code"] == 4

@@ -1,0 +1,71 @@
+"""Requests to stop that come in the middle of an evaluation, to one rank only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pretrain.config.interval import Interval
+from pretrain.engine.distributed import World
+from pretrain.engine.evaluator import EvalResult, Metric
+from pretrain.engine.stopping import StopSignals
+from pretrain.monitor.rows import read_metrics
+from tests.engine.rewind_cases import digest
+from tests.engine.running import finish, start
+
+FORWARDS = 40
+SECTIONS: dict[str, Any] = {"model": {"dropout": 0.2}, "checkpoint": {"every": "5 steps", "keep_last": 9},
+                            "eval": {"every": "4 steps"}, "train": {"length": "10 steps"}}
+
+
+class Long:
+    """Forty forwards an evaluation; at the thirteenth of one of them a signal reaches this rank."""
+
+    name = "long"
+    every = Interval(4, "steps")
+
+    def __init__(self, signals: StopSignals, at_step: int | None) -> None:
+        self.signals, self.at_step = signals, at_step
+        self.forwards = 0
+
+    def evaluate(self, view: Any) -> EvalResult:
+        total = 0.0
+        for number in range(FORWARDS):
+            if number == 12 and view.step == self.at_step:
+                self.signals.reason, self.at_step = "SIGTERM", None
+            tokens = torch.full((2, 16), (number + view.step) % 64)
+            total += float(view.forward(input_ids=tokens, labels=tokens).nll_sum)
+            self.forwards += 1
+        return EvalResult({"val/loss": Metric(total, FORWARDS, False)})
+
+
+def stopped_evaluation(world: World, folder: Path) -> dict[str, Any]:
+    """Undisturbed, and stopped in the evaluation of step 4 and in the final one; then started again until done."""
+    found: dict[str, Any] = {}
+    for name, at in (("never", ()), ("middle", (4,)), ("final", (10,)), ("both", (4, 10))):
+        waiting, codes, forwards, steps = list(at), [], [], []
+        while True:
+            signals = StopSignals(is_main=world.is_main)
+            hit = waiting.pop(0) if waiting else None
+            evaluator = Long(signals, hit if world.rank == world.size - 1 else None)
+            trainer = start(world, folder, name, [evaluator], **SECTIONS)
+            trainer.stop._signals = signals
+            steps.append(trainer.state.step)
+            codes.append(int(trainer.train()))
+            forwards.append(evaluator.forwards)
+            last = {"digest": digest(trainer), "best": trainer.state.best_steps, "owed": trainer.state.owed,
+                    "reason": trainer.reporter.reason}
+            pointer = trainer.keeper.folder.read_pointer("best-val/loss")
+            finish(trainer)
+            if codes[-1] == 0:
+                break
+        rows = read_metrics(trainer.keeper.folder)
+        found[name] = last | {"codes": codes, "forwards": forwards, "steps": steps,
+                              "pointer": pointer.step if pointer else None,
+                              "val": {row["step"]: row["val/loss"] for row in rows if "val/loss" in row}}
+    return found
+
+
+CASES = {"stopped_evaluation": stopped_evaluation}

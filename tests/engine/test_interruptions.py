@@ -1,0 +1,35 @@
+"""A request to stop in the middle of an evaluation, from the launches of one and two ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.engine.interruption_cases import FORWARDS
+from tests.engine.world import case
+
+pytestmark = pytest.mark.launch
+
+
+@pytest.mark.parametrize("when", ["middle", "final", "both"])
+def test_an_evaluation_that_was_cut_short_is_made_up_for(small: dict[str, Any], when: str) -> None:
+    never, found = case(small, "stopped_evaluation")["never"], case(small, "stopped_evaluation")[when]
+    assert never["val"].keys() == {"4", "8", "10"}
+    for key in ("val", "digest", "best", "pointer", "owed"):
+        assert found[key] == never[key], key
+
+
+def test_a_stop_in_an_evaluation_ends_with_85_before_it_is_over(small: dict[str, Any]) -> None:
+    found = case(small, "stopped_evaluation")
+    assert found["middle"]["codes"] == found["final"]["codes"] == [85, 0]
+    assert found["both"]["codes"] == [85, 85, 0]
+    assert found["middle"]["forwards"][0] < FORWARDS
+    assert 2 * FORWARDS < found["final"]["forwards"][0] < 3 * FORWARDS
+
+
+def test_a_run_stopped_in_its_final_evaluation_has_only_that_left(small: dict[str, Any]) -> None:
+    found = case(small, "stopped_evaluation")["final"]
+    assert found["steps"] == [0, 10]
+    assert found["forwards"][1] == FORWARDS
+    assert found["reason"] == "length reached"
