@@ -52,6 +52,7 @@ from pretrain.runfolder.holder import SlurmJob
 from pretrain.runfolder.layout import CheckpointRef, RunFolder
 from pretrain.runfolder.lease import Lease
 from pretrain.runfolder.publish import MANIFEST, hash_file, require_space, write_json_atomic, write_text_atomic
+from pretrain.runfolder.retention import remove_dead_pins
 from pretrain.runfolder.status import Status
 from pretrain.runfolder.whole import newest_whole
 
@@ -93,6 +94,7 @@ def claim_run(loaded: LoadedConfig, world: World) -> Claim:
         before = Status.read(folder)
         lease = Lease.acquire(folder, slurm=SlurmJob.from_environment(os.environ))
         folder.clean_temporaries(lease.fence)
+        remove_dead_pins(folder)
         status = Status(fence=lease.fence, started=time.time(), restarts=lease.fence - 1)
         try:
             with lease.beating():  # hashing a large checkpoint takes minutes

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import shutil
 import socket
 from collections.abc import Callable
@@ -23,12 +22,19 @@ import psutil
 
 from pretrain.errors import DataCorruption, UserError
 from pretrain.runfolder.holder import Holder, fences
-from pretrain.runfolder.layout import LATEST, CheckpointRef, RunFolder
-from pretrain.runfolder.publish import MANIFEST, Manifest, hash_file, publish_dir, require_space, write_json_atomic
+from pretrain.runfolder.layout import COPYING, LATEST, CheckpointRef, RunFolder, abandoned_copies
+from pretrain.runfolder.publish import (
+    MANIFEST,
+    Manifest,
+    hash_file,
+    publish_dir,
+    require_space,
+    temporary_writer,
+    write_json_atomic,
+)
 from pretrain.runfolder.retention import pinned
 from pretrain.runfolder.status import Status
 
-_COPYING = re.compile(r"\.tmp-copy-(.+)-(\d+)-step-\d+\.f\d+")
 _PIECE = 8 << 20
 log = logging.getLogger(__name__)
 
@@ -52,6 +58,7 @@ def back_up(folder: RunFolder, ref: CheckpointRef | None, destination: Path,
         raise UserError(f"{destination}: holds the run itself; a backup goes to another folder")
     _same_run(folder, target)
     target.checkpoints_dir.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(target)
     if ref is not None:
         with pinned(ref):
             copy = _copy_checkpoint(ref, target, abandon)
@@ -77,9 +84,8 @@ def _copy_checkpoint(ref: CheckpointRef, target: RunFolder, abandon: Callable[[]
     if copy.path.exists():
         _stands_already(ref, copy)
         return copy
-    _remove_leftovers(target)
     require_space(target.checkpoints_dir, sum(entry.bytes for entry in manifest.files.values()))
-    temporary = copy.path.with_name(f".tmp-copy-{socket.gethostname()}-{os.getpid()}-{copy.path.name}")
+    temporary = copy.path.with_name(f"{COPYING}{socket.gethostname()}-{os.getpid()}-{copy.path.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir()
@@ -117,11 +123,18 @@ def _copy_file(source: Path, target: Path, abandon: Callable[[], bool]) -> None:
 
 
 def _remove_leftovers(target: RunFolder) -> None:
-    """Remove what processes of this machine that are gone left half-copied."""
-    for path in target.checkpoints_dir.iterdir():
-        match = _COPYING.fullmatch(path.name)
-        if match and match.group(1) == socket.gethostname() and not psutil.pid_exists(int(match.group(2))):
-            shutil.rmtree(path, ignore_errors=True)
+    """Remove what processes that are gone left half-copied, and the temporary files of those of this machine.
+
+    The name of a small file does not tell the machine: another one that is writing it this moment would fail, and try
+    again.
+    """
+    for path in abandoned_copies(target.checkpoints_dir):
+        shutil.rmtree(path, ignore_errors=True)
+    for parent in (target.root, target.checkpoints_dir, *target.lease_dir.glob("*/")):
+        for path in parent.glob(".*.tmp"):
+            writer = temporary_writer(path.name)
+            if writer is not None and not psutil.pid_exists(writer):
+                path.unlink(missing_ok=True)
 
 
 def _copy_records(folder: RunFolder, target: RunFolder) -> None:

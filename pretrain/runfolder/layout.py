@@ -7,10 +7,13 @@ import logging
 import os
 import re
 import shutil
+import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from pretrain.errors import UserError
 from pretrain.runfolder.chain import read_chain
@@ -26,13 +29,18 @@ from pretrain.runfolder.publish import (
 log = logging.getLogger(__name__)
 LATEST = "latest"
 _PUBLISHED = re.compile(r"step-(\d+)\.f(\d+)")
+_COPYING = re.compile(r"\.tmp-copy-(.+)-(\d+)-step-\d+\.f\d+")
 _UNFINISHED = re.compile(r"\.tmp-f(\d+)-step-(\d+)")
+COPYING = ".tmp-copy-"
+"""Prefix of a checkpoint that a backup is copying here, followed by the machine and process that copies."""
 TRASH = ".trash-"
 """Prefix of what is being deleted."""
 CLAIM = ".claim-"
 """Prefix of a lease that is being claimed."""
 PROBE = ".probe-"
 """Prefix of files that only ask the filesystem a question."""
+_COPY_AGE = 3600.0
+"""Seconds without a change after which a copy from another machine is thought abandoned."""
 _REQUEST_AGE = 600.0
 """Seconds after which a half-written control request is thought abandoned."""
 
@@ -50,6 +58,21 @@ class CheckpointRef:
         """The checkpoint that `path` is named as, or None."""
         match = _PUBLISHED.fullmatch(path.name)
         return cls(path, int(match.group(1)), int(match.group(2))) if match else None
+
+
+def abandoned_copies(checkpoints_dir: Path) -> list[Path]:
+    """What backups into this folder left half-copied: their process is gone, or of another machine and long silent."""
+    found = []
+    for path in checkpoints_dir.glob(COPYING + "*"):
+        match = _COPYING.fullmatch(path.name)
+        if match is None:
+            continue
+        host, pid = match.groups()
+        with contextlib.suppress(FileNotFoundError):  # it gets its name this moment
+            changed = max(part.stat().st_mtime for part in (path, *path.rglob("*")))
+            if not psutil.pid_exists(int(pid)) if host == socket.gethostname() else time.time() - changed > _COPY_AGE:
+                found.append(path)
+    return found
 
 
 def is_run_folder(root: Path) -> bool:
@@ -154,6 +177,16 @@ class RunFolder:
         return self.root / "export"
 
     @property
+    def slurm_dir(self) -> Path:
+        """What `pretrain slurm` keeps of the jobs of this run."""
+        return self.root / "slurm"
+
+    @property
+    def meeting_dir(self) -> Path:
+        """Where the ranks of a job learn how to reach rank 0."""
+        return self.slurm_dir / "meeting"
+
+    @property
     def report_file(self) -> Path:
         """Report for people."""
         return self.root / "report.html"
@@ -226,6 +259,7 @@ class RunFolder:
         restore_replaced(self.checkpoints_dir)
         found = [path for path in self.checkpoints_dir.iterdir() if path.name.startswith(TRASH)
                  or ((match := _UNFINISHED.fullmatch(path.name)) and int(match.group(1)) <= fence)]
+        found += abandoned_copies(self.checkpoints_dir)
         found += self.checkpoints_dir.glob(f"*/{READERS}/{CONDEMNED}")
         found += [*self.root.glob(PROBE + "*"), *self.lease_dir.glob(PROBE + "*"), *self.lease_dir.glob(CLAIM + "*")]
         for parent in (self.root, self.checkpoints_dir, *self.lease_dir.iterdir()):

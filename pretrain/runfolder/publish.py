@@ -29,7 +29,7 @@ READERS = ".readers"
 CONDEMNED = ".condemned"
 """Mark among the pins: this checkpoint is about to be removed, no new reader may start."""
 _MANIFEST_FORMAT = 1
-_TEMPORARY = re.compile(r"\..+\.\d+-[0-9a-f]{8}\.tmp")
+_TEMPORARY = re.compile(r"\..+\.(\d+)-[0-9a-f]{8}\.tmp")
 
 
 def fsync(path: Path) -> None:
@@ -64,7 +64,13 @@ def write_json_atomic(path: Path, value: Any) -> None:
 
 def is_temporary(name: str) -> bool:
     """Whether `name` is what `write_text_atomic` leaves behind when its process is killed."""
-    return _TEMPORARY.fullmatch(name) is not None
+    return temporary_writer(name) is not None
+
+
+def temporary_writer(name: str) -> int | None:
+    """The process that is, or was, writing the temporary file `name`; None where it is no such file."""
+    match = _TEMPORARY.fullmatch(name)
+    return int(match.group(1)) if match else None
 
 
 def hash_file(path: Path) -> str:

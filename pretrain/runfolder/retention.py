@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from pretrain.runfolder.holder import ProcessId
-from pretrain.runfolder.layout import TRASH, CheckpointRef
+from pretrain.runfolder.layout import TRASH, CheckpointRef, RunFolder
 from pretrain.runfolder.publish import CONDEMNED, READERS, fsync
 
 log = logging.getLogger(__name__)
@@ -58,6 +58,15 @@ def live_pins(ref: CheckpointRef) -> list[Path]:
     with contextlib.suppress(FileNotFoundError):
         return [path for path in (ref.path / READERS).iterdir() if path.name != CONDEMNED and _alive(path)]
     return []
+
+
+def remove_dead_pins(folder: RunFolder) -> None:
+    """Remove what readers that were killed left in the checkpoints of a run."""
+    for ref in folder.published():
+        with contextlib.suppress(FileNotFoundError):
+            for pin in (ref.path / READERS).iterdir():
+                if pin.name != CONDEMNED and not _alive(pin):
+                    pin.unlink(missing_ok=True)
 
 
 def delete(ref: CheckpointRef) -> bool:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+import subprocess
+import time
 
 import pytest
 from typer.testing import CliRunner
@@ -105,8 +108,6 @@ def test_a_copy_that_stands_is_proven_and_not_replaced(run, tmp_path):
 
 
 def test_what_a_killed_copy_left_is_removed_and_what_lives_is_not(run, tmp_path):
-    import socket
-    import subprocess
     checkpoints = tmp_path / "disk/mine/checkpoints"
     ended = subprocess.Popen(["true"])
     ended.wait()
@@ -146,3 +147,28 @@ def test_the_command_takes_the_newest_whole_one(run, tmp_path):
     done = CliRunner().invoke(app, ["backup", str(run.root), "/dev/null"])
     assert isinstance(done.exception, UserError)
     assert "/dev/null" in str(done.exception)
+
+
+def test_small_files_that_a_killed_backup_was_writing_are_removed_and_those_of_the_living_are_not(run, tmp_path):
+    copy = back_up(run, run.checkpoints()[0], tmp_path / "disk")
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    places = [copy.root / ".metrics.jsonl", copy.checkpoints_dir / ".latest", copy.lease_dir / "1/.holder.json"]
+    for place in places:
+        for pid in (ended.pid, os.getppid()):
+            place.with_name(f"{place.name}.{pid}-0123abcd.tmp").touch()
+    back_up(run, run.checkpoints()[0], tmp_path / "disk")
+    assert [path.name.split(".")[-2] for path in sorted(copy.root.rglob(".*.tmp"))] == [f"{os.getppid()}-0123abcd"] * 3
+
+
+def test_a_half_made_copy_is_removed_by_whoever_goes_on_with_the_copy(run, tmp_path):
+    copy = back_up(run, run.checkpoints()[0], tmp_path / "disk")
+    names = [f".tmp-copy-{host}-1-step-30.f2" for host in ("silent", "copying")]
+    for name in names:
+        (copy.checkpoints_dir / name).mkdir()
+        (copy.checkpoints_dir / name / "part").touch()
+    long_ago = time.time() - 4000
+    for path in (copy.checkpoints_dir / names[0] / "part", copy.checkpoints_dir / names[0]):
+        os.utime(path, (long_ago, long_ago))
+    copy.clean_temporaries(Lease.acquire(copy).fence)
+    assert [(copy.checkpoints_dir / name).exists() for name in names] == [False, True]

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.runfolder.layout import CheckpointRef, RunFolder
-from pretrain.runfolder.retention import delete, live_pins, pinned, to_delete
+from pretrain.runfolder.retention import delete, live_pins, pinned, remove_dead_pins, to_delete
 
 refs = st.lists(st.integers(1, 60), unique=True, max_size=12).map(
     lambda steps: [CheckpointRef(Path(f"step-{step}.f1"), step, 1) for step in steps])
@@ -69,6 +69,18 @@ def test_the_pin_of_a_dead_reader_does_not_count(folder):
     assert len(list((ref.path / ".readers").iterdir())) == 1
     assert live_pins(ref) == []
     assert delete(ref)
+
+
+def test_pins_of_dead_readers_are_removed_and_those_of_the_living_stay(folder):
+    ref = make(folder)
+    child = os.fork()
+    if child == 0:
+        pinned(ref).__enter__()
+        os._exit(0)
+    os.waitpid(child, 0)
+    with pinned(ref):
+        remove_dead_pins(folder)
+        assert list((ref.path / ".readers").iterdir()) == live_pins(ref) != []
 
 
 def test_pins_of_other_machines_hold_for_a_day(folder):
