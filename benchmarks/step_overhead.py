@@ -31,7 +31,7 @@ from data_prep.shards import ShardWriter, token_dtype
 from pretrain.config.load import load_run_config
 from pretrain.data.batch import Batch
 from pretrain.engine.distributed import World, join
-from pretrain.engine.launcher import RankEnvironment
+from pretrain.engine.ranks import RankEnvironment
 from pretrain.engine.setup import claim_run, prepare
 from pretrain.engine.trainer import Trainer
 from pretrain.models.baseline.family import FAMILY

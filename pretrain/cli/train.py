@@ -29,7 +29,8 @@ def train(config: ConfigArgument = None, preset: PresetOption = None, *, sets: S
     """
     if nproc is not None:
         sets = [*sets, f"launch.nproc={nproc}"]
-    from pretrain.engine.launcher import launch, rank_environment, worker_command
+    from pretrain.engine.launcher import launch, worker_command
+    from pretrain.engine.ranks import rank_environment
     from pretrain.engine.stopping import StopSignals
     own = rank_environment(os.environ) if not dry_run else None
     signals = StopSignals.installed(is_main=own.rank == 0) if own is not None else None

@@ -14,6 +14,7 @@ from pretrain.config.interval import Interval
 from pretrain.config.model import ModelConfig, Section
 from pretrain.config.objective import ObjectiveConfig
 from pretrain.config.registry import MODEL_SCHEMAS, OBJECTIVE_SCHEMAS, resolve
+from pretrain.config.slurm import SlurmConfig
 from pretrain.config.source import DataConfig
 from pretrain.errors import ConfigError
 
@@ -151,6 +152,7 @@ class LaunchConfig(Section):
     nproc: int = Field(1, ge=1, le=1024, description="processes on this machine")
     port: int | None = Field(None, ge=1, le=65535, description="rendezvous port; null: a free one")
     timeout: float = Field(300.0, gt=0, description="seconds for all ranks to come together")
+    preflight: float = Field(120.0, gt=0, description="seconds for the first all-reduce, before a model is built")
     hang_timeout: float | None = Field(1800.0, gt=0, description="seconds without progress of a rank before exit 6; "
                                        "null: no watch, and collectives end after launch.timeout")
     threads: int | None = Field(None, ge=1, description="CPU threads a process; null: cores / nproc")
@@ -174,6 +176,7 @@ class RunConfig(Section):
     eval: EvalConfig = Field(default_factory=EvalConfig)
     monitor: MonitorConfig = Field(default_factory=MonitorConfig)
     launch: LaunchConfig = Field(default_factory=LaunchConfig)
+    slurm: SlurmConfig | None = Field(None, description="job on a cluster, for `pretrain slurm`; null: none")
 
     @field_validator("model", mode="before")
     @classmethod

@@ -20,7 +20,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from pretrain.engine.launcher import LISTEN_FD, RankEnvironment
+from pretrain.engine.preflight import Peer, first_collective, introduce, node_name
+from pretrain.engine.ranks import LISTEN_FD, RankEnvironment, expand_nodes
 from pretrain.engine.traps import quiet, skip_op_probing
 from pretrain.errors import ExitCode, PretrainError, UserError
 
@@ -42,6 +43,8 @@ class World:
     control: Any
     store: dist.Store
     """Rank 0's; works without the others' help, so that a failing rank can still say why."""
+    peers: tuple[Peer, ...] = ()
+    """Every rank as it introduced itself, in rank order."""
 
     @property
     def is_main(self) -> bool:
@@ -196,11 +199,13 @@ def _retold(told: Told, own: Exception | None) -> Exception:
     return error
 
 
-def join(own: RankEnvironment, *, timeout_s: float, collective_s: float | None = None,
+def join(own: RankEnvironment, *, timeout_s: float, collective_s: float | None = None, preflight_s: float | None = None,
          force_cpu: bool = False) -> World:
     """Meet the other ranks and start the process groups. Collectives fail after `collective_s` (None: `timeout_s`).
 
-    Raises UserError, the same on every rank that came, naming the ranks that did not come within `timeout_s`.
+    Raises UserError, the same on every rank that came, naming the ranks that did not come within `timeout_s`, or the
+    versions and devices that do not fit together. Where the ranks have met but the first all-reduce takes longer than
+    `preflight_s` (None: `timeout_s`), the process ends with code 2 and a line that says who did not get through.
     """
     os.environ.update(RANK=str(own.rank), LOCAL_RANK=str(own.local_rank), WORLD_SIZE=str(own.world_size),
                       MASTER_ADDR=own.master_addr, MASTER_PORT=str(own.master_port))
@@ -210,13 +215,25 @@ def join(own: RankEnvironment, *, timeout_s: float, collective_s: float | None =
     timeout = datetime.timedelta(seconds=collective_s or timeout_s)
     store = _meet(own, timeout_s)
     device = torch.device("cuda", own.local_rank) if cuda else torch.device("cpu")
+    peers = introduce(store, own, device, timeout_s)
     if cuda:
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if cuda else "gloo", store=dist.PrefixStore("world", store), rank=own.rank,
-                            world_size=own.world_size, timeout=timeout)
-    control = dist.new_group(backend="gloo", timeout=timeout) if cuda else dist.group.WORLD
+    with first_collective(store, own, peers, preflight_s or timeout_s):
+        dist.init_process_group("nccl" if cuda else "gloo", store=dist.PrefixStore("world", store), rank=own.rank,
+                                world_size=own.world_size, timeout=timeout)
+        control = dist.new_group(backend="gloo", timeout=timeout) if cuda else dist.group.WORLD
+        _add_ones(own, device)
     _start_deepspeed(timeout)
-    return World(own.rank, own.local_rank, own.world_size, device, control, store)
+    return World(own.rank, own.local_rank, own.world_size, device, control, store, peers)
+
+
+def _add_ones(own: RankEnvironment, device: torch.device) -> None:
+    """One all-reduce on the device that trains. Raises PretrainError where its sum is wrong."""
+    one = torch.ones(1, device=device)
+    dist.all_reduce(one)
+    if int(one.item()) != own.world_size:
+        raise PretrainError(f"rank {own.rank} on {node_name()}: the first all-reduce of ones over {own.world_size} "
+                            f"ranks gave {one.item():g}; the devices or the network between them cannot be trusted")
 
 
 def _meet(own: RankEnvironment, timeout_s: float) -> dist.Store:
@@ -237,25 +254,36 @@ def _meet(own: RankEnvironment, timeout_s: float) -> dist.Store:
                         f"{own.master_port} within {timeout_s:.0f} s") from None
     if hosted:  # torchrun's own store, which outlives a restart of its workers
         store = dist.PrefixStore(f"pretrain/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    store.set(f"here/{own.rank}", f"{socket.gethostname()}:{os.getpid()}")
+    store.set(f"here/{own.rank}", node_name())
     if own.rank == 0:
         missing = set(range(own.world_size))
         while missing and time.monotonic() < deadline:
             missing = {r for r in missing if not store.check([f"here/{r}"])}
             if missing:
                 time.sleep(0.05)
-        store.set("verdict", ",".join(map(str, sorted(missing))))
+        store.set("verdict", _missing(store, own, missing, timeout_s) if missing else "")
     with contextlib.suppress(dist.DistStoreError):
         store.wait(["verdict"], timeout + datetime.timedelta(seconds=10))
-    late = store.get("verdict").decode()
-    if late:
+    told = store.get("verdict").decode()
+    if told:
         if own.rank == 0:
             time.sleep(1.0)  # the store lives in this process: let the others read the verdict
-        absent = UserError(f"{own.world_size - len(late.split(','))} of {own.world_size} ranks came within "
-                          f"{timeout_s:.0f} s; missing: rank {late.replace(',', ', ')} (launch.timeout)")
+        absent = UserError(told)
         absent.agreed = True
         raise absent
     return store
+
+
+def _missing(store: dist.Store, own: RankEnvironment, missing: set[int], timeout_s: float) -> str:
+    """Who did not come; under srun also the machines from which nobody came."""
+    line = (f"{own.world_size - len(missing)} of {own.world_size} ranks came within {timeout_s:.0f} s; missing: rank "
+            f"{', '.join(map(str, sorted(missing)))} (launch.timeout)")
+    listed = os.environ.get("SLURM_STEP_NODELIST")
+    if listed:
+        came = {store.get(f"here/{rank}").decode() for rank in range(own.world_size) if rank not in missing}
+        empty = [node for node in expand_nodes(listed) if node not in came]
+        line += f"; nobody came from {', '.join(empty)}" if empty else ""
+    return line
 
 
 def _start_deepspeed(timeout: datetime.timedelta) -> None:

@@ -18,54 +18,14 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from pretrain.engine.ranks import LISTEN_FD
 from pretrain.errors import ExitCode, UserError
 
-LISTEN_FD = "PRETRAIN_LISTEN_FD"
-"""Environment variable: number of the inherited socket on which rank 0 opens the rendezvous."""
 _FORWARDED = {signal.SIGTERM: signal.SIGTERM, signal.SIGINT: signal.SIGINT, signal.SIGUSR1: signal.SIGUSR1,
               signal.SIGHUP: signal.SIGTERM}
 """What we receive -> what the ranks get. A terminal that goes away asks for a checkpoint too."""
 _INTERRUPT_GRACE_S = 5.0
 _PR_SET_PDEATHSIG = 1
-
-
-@dataclass(frozen=True, slots=True)
-class RankEnvironment:
-    """Who this process is."""
-
-    rank: int
-    local_rank: int
-    world_size: int
-    master_addr: str
-    master_port: int
-
-
-def rank_environment(environment: Mapping[str, str]) -> RankEnvironment | None:
-    """Read who we are from RANK (our launcher, torchrun, deepspeed) or SLURM_* (srun); None for a process of its own.
-
-    Raises UserError naming the variable where the environment is half set.
-    """
-    if "RANK" in environment:
-        names = {"rank": "RANK", "local_rank": "LOCAL_RANK", "world": "WORLD_SIZE", "port": "MASTER_PORT"}
-    elif "SLURM_PROCID" in environment and environment.get("SLURM_NTASKS", "1") != "1":
-        names = {"rank": "SLURM_PROCID", "local_rank": "SLURM_LOCALID", "world": "SLURM_NTASKS", "port": "MASTER_PORT"}
-    else:
-        return None
-    values = {}
-    for key, name in names.items():
-        text = environment.get(name)
-        if text is None or not text.isdigit():
-            found = "not set" if text is None else repr(text)
-            raise UserError(f"environment: {name} is {found}; a launched rank needs {', '.join(names.values())} "
-                            "as numbers and MASTER_ADDR")
-        values[key] = int(text)
-    address = environment.get("MASTER_ADDR")
-    if not address:
-        raise UserError("environment: MASTER_ADDR is not set; it is the host of rank 0")
-    if values["rank"] >= values["world"]:
-        raise UserError(f"environment: {names['rank']} is {values['rank']}, which is not below {names['world']} "
-                        f"{values['world']}")
-    return RankEnvironment(values["rank"], values["local_rank"], values["world"], address, values["port"])
 
 
 def launch(command: Sequence[str], nproc: int, *, port: int | None = None, threads: int | None = None,

@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -19,12 +20,14 @@ from pretrain.config.load import LoadedConfig
 from pretrain.config.run import RunConfig
 from pretrain.engine.distributed import Failure, World, join, shutdown
 from pretrain.engine.evaluator import Evaluator
-from pretrain.engine.launcher import RankEnvironment
+from pretrain.engine.preflight import rank_table
+from pretrain.engine.ranks import RankEnvironment, forget_meeting, meet
 from pretrain.engine.setup import Claim, claim_run, prepare
 from pretrain.engine.stopping import StopSignals
 from pretrain.engine.watch import watching
 from pretrain.errors import ExitCode, PretrainError
 from pretrain.monitor.logs import setup_logging
+from pretrain.runfolder.layout import RunFolder
 from pretrain.runfolder.status import Status
 
 EvaluatorFactory = Callable[[RunConfig], Sequence[Evaluator]]
@@ -57,11 +60,18 @@ def run_rank(loaded: LoadedConfig, own: RankEnvironment, signals: StopSignals, m
         setup_logging(log_level, None, own.rank)
         _threads(loaded.config)
         settings = loaded.config.launch
+        meeting = RunFolder(Path(loaded.config.runs_dir) / loaded.config.name).meeting_dir
+        own = meet(own, meeting, os.environ, timeout_s=settings.timeout)
         # A collective that failed before a hang is found would hide which rank it is.
-        world = join(own, timeout_s=settings.timeout, collective_s=max(
+        world = join(own, timeout_s=settings.timeout, preflight_s=settings.preflight, collective_s=max(
             settings.timeout, settings.hang_timeout + _AFTER_HANG_S) if settings.hang_timeout else None)
+        if world.is_main:
+            forget_meeting(meeting)
         claim = claim_run(loaded, world)
         console = setup_logging(log_level, claim.folder.log_file, world.rank)
+        if world.is_main and world.size > 1:
+            for line in rank_table(world.peers):
+                _log.info("%s", line)
         code = _train(loaded, world, claim, signals, make_evaluators, console)
     except Exception as error:
         failure = _failed(error, own.rank, world)

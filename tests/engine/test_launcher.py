@@ -16,7 +16,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pretrain.engine.launcher import launch, rank_environment
+from pretrain.engine.launcher import launch
+from pretrain.engine.ranks import rank_environment
 from pretrain.errors import ExitCode, UserError
 
 PRELUDE = """
@@ -250,16 +251,3 @@ def test_handlers_of_the_caller_are_restored() -> None:
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)] == before
 
 
-SLURM = {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NTASKS": "4", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
-
-
-def test_tasks_of_srun_are_ranks_and_one_task_is_a_process_of_its_own() -> None:
-    own = rank_environment(SLURM)
-    assert own is not None
-    assert (own.rank, own.local_rank, own.world_size, own.master_addr, own.master_port) == (3, 1, 4, "node0", 29500)
-    assert rank_environment({**SLURM, "SLURM_NTASKS": "1"}) is None
-    assert rank_environment({"SLURM_NTASKS": "4"}) is None  # an allocation without srun
-    assert rank_environment({"WORLD_SIZE": "4", "MASTER_ADDR": "node0"}) is None
-    for missing in ("SLURM_LOCALID", "MASTER_ADDR", "MASTER_PORT"):
-        with pytest.raises(UserError, match=missing):
-            rank_environment({name: value for name, value in SLURM.items() if name != missing})

@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pretrain.engine.launcher import LISTEN_FD, _listen
+from pretrain.engine.launcher import _listen
+from pretrain.engine.ranks import LISTEN_FD
 
 ROOT = Path(__file__).resolve().parents[2]
 Case = Callable[..., Any]
@@ -64,7 +65,7 @@ def case(results: dict[str, Any], name: str) -> Any:
 def main(cases: Mapping[str, Case]) -> None:
     """Entry of a rank: run every case in the same order on all ranks, write rank 0's results after each."""
     from pretrain.engine.distributed import join, shutdown
-    from pretrain.engine.launcher import rank_environment
+    from pretrain.engine.ranks import rank_environment
     from tests.engine import toy
 
     toy.register()
