@@ -1,0 +1,195 @@
+"""Texts to vectors to figures: independent of batches and ranks, against planted answers."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from evaluation.bm25 import bm25_search, words
+from evaluation.embedding import Cut, collapse, retrieval, sts
+from evaluation.embedding_data import ScoredPairs, read_beir, read_scored_pairs
+from evaluation.vectors import Alone, Rows, encode, pad, shorten
+from pretrain.errors import UserError
+from pretrain.models.base import EncoderOutput
+
+
+class Bag(nn.Module):
+    """Mean of token vectors, in two heads."""
+
+    def __init__(self, vocab: int = 50, width: int = 8) -> None:
+        super().__init__()
+        self.table = nn.Embedding(vocab, width)
+        nn.init.normal_(self.table.weight, generator=torch.Generator().manual_seed(0))
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor,
+                controls: Mapping[str, float] | None = None) -> EncoderOutput:
+        weights = attention_mask.float()[..., None]
+        mean = (self.table(input_ids) * weights).sum(1) / weights.sum(1)
+        return EncoderOutput(heads={"mean": mean, "half": mean[:, :4]}, default="mean")
+
+
+@pytest.fixture(scope="module")
+def bag() -> Bag:
+    return Bag()
+
+
+def rows(n: int, seed: int = 0) -> list[list[int]]:
+    """Rows of unequal length."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(1, 50, (int(torch.randint(1, 30, (), generator=generator)),), generator=generator).tolist()
+            for _ in range(n)]
+
+
+def test_vectors_do_not_depend_on_the_batch(bag: Bag) -> None:
+    texts = rows(37)
+    view = Alone(bag, torch.device("cpu"))
+    alone = torch.cat([encode(view, [row], pad_id=0)["mean"] for row in texts])
+    for size in (1, 5, 64):
+        assert torch.allclose(encode(view, texts, pad_id=0, batch_size=size)["mean"], alone, atol=1e-6)
+
+
+@pytest.mark.parametrize("world", [2, 3, 8])
+def test_ranks_share_the_work_and_all_have_all_vectors(bag: Bag, world: int) -> None:
+    """Ranks as threads: each runs equally many forwards, a rank without a batch too."""
+    texts = rows(11)
+    forwards = [0] * world
+    barrier, parts, found = threading.Barrier(world, timeout=20), {}, {}
+
+    class Rank(Alone):
+        def forward(self, *, controls: Mapping[str, float] | None = None, **inputs: Any) -> Any:
+            forwards[self.rank] += 1
+            return super().forward(**inputs)
+
+        def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+            parts[self.rank] = tensor
+            barrier.wait()
+            total = torch.stack([parts[rank] for rank in range(world)]).sum(0)
+            barrier.wait()
+            return total
+
+    def run(rank: int) -> None:
+        found[rank] = encode(Rank(bag, torch.device("cpu"), rank, world), texts, pad_id=0, batch_size=2,
+                             heads=["mean", "half"])
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    expected = encode(Alone(bag, torch.device("cpu")), texts, pad_id=0)["mean"]
+    assert len(set(forwards)) == 1
+    for rank in range(world):
+        assert torch.allclose(found[rank]["mean"], expected, atol=1e-6)
+        assert torch.allclose(found[rank]["half"], expected[:, :4], atol=1e-6)
+
+
+def test_a_head_that_is_not_there_is_told_with_those_that_are(bag: Bag) -> None:
+    with pytest.raises(UserError, match=r'head "men": .*"mean".*half, mean'):
+        encode(Alone(bag, torch.device("cpu")), [[1]], pad_id=0, heads=["men"])
+
+
+def test_short_vectors_have_length_one_and_too_many_coordinates_are_refused() -> None:
+    vectors = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(shorten(vectors, 3).norm(dim=1), torch.ones(5))
+    assert torch.allclose(shorten(vectors, 3) * vectors[:, :3].norm(dim=1)[:, None], vectors[:, :3], atol=1e-6)
+    with pytest.raises(UserError, match="8 coordinates"):
+        shorten(vectors, 9)
+
+
+def test_padding_is_masked_and_a_multiple_of_eight() -> None:
+    ids, mask = pad([[1, 2, 3], [4] * 9], 7)
+    assert ids.shape == mask.shape == (2, 16)
+    assert mask.sum(1).tolist() == [3, 9]
+    assert ids[0].tolist() == [1, 2, 3] + [7] * 13
+
+
+def one_hot(texts: Rows, heads: Sequence[str] | None) -> dict[str, torch.Tensor]:
+    """Bags of tokens as vectors: what is alike can be told by hand."""
+    found = torch.zeros(len(texts), 50)
+    for i, row in enumerate(texts):
+        for token in row:
+            found[i, token] += 1
+    return {name: found for name in heads or ["bag"]}
+
+
+def test_sts_of_a_perfect_encoder_is_one() -> None:
+    letters = lambda texts: [[ord(c) % 50 for c in text] for text in texts]  # noqa: E731
+    pairs = ScoredPairs(["abcd"] * 4, ["abcd", "abce", "abef", "efgh"], [5.0, 4.0, 2.0, 0.0], "planted")
+    found = sts(one_hot, letters, pairs, (Cut(), Cut("other", 30)))
+    assert found["sts/bag/spearman"].value == pytest.approx(1.0)
+    assert set(found) == {f"sts/{name}/{figure}" for name in ("bag", "other:30") for figure in ("spearman", "pearson")}
+
+
+def test_retrieval_finds_what_was_planted_and_only_that() -> None:
+    passages = [[i, i + 1, i + 2] for i in range(40)]
+    queries = [[i + 1] for i in range(40)]  # in passages i - 1, i and i + 1, which score alike
+    exact = retrieval(one_hot, passages, passages, [{i: 1.0} for i in range(40)])
+    assert exact["retrieval/bag/recall@1"].value == 1.0
+    assert exact["retrieval/bag/ndcg@10"].n == 40
+    shared = retrieval(one_hot, queries, passages, [{i: 1.0} for i in range(40)])
+    assert shared["retrieval/bag/recall@5"].value == 1.0
+    assert shared["retrieval/bag/recall@1"].value < 0.1
+    wrong = retrieval(one_hot, passages, passages, [{(i + 20) % 40: 1.0} for i in range(40)])
+    assert wrong["retrieval/bag/recall@1"].value == 0.0
+
+
+def test_collapse_tells_a_constant_encoder() -> None:
+    texts = [[i] for i in range(40)]
+    constant = lambda given, heads: {"flat": torch.ones(len(given), 8)}  # noqa: E731
+    assert collapse(constant, texts, texts)["collapse/flat/mean_cosine"].value == pytest.approx(1.0)
+    assert collapse(one_hot, texts, texts)["collapse/bag/mean_cosine"].value == pytest.approx(0.0)
+    assert collapse(one_hot, texts, texts)["collapse/bag/effective_rank"].value == pytest.approx(39.0)
+
+
+def test_bm25_weighs_rare_words_and_cuts_identifiers() -> None:
+    assert words("getHTTPResponse_v2 naïve x1") == ["get", "http", "response", "v", "2", "naïve", "x", "1"]
+    passages = ["def getHTTPResponse(url): return fetch(url)", "return the value of the url", "the the the value"]
+    assert bm25_search(["http response", "value"], passages, 1) == [[0], [2]]
+    assert bm25_search(["unknown"], passages, 3) == [[0, 1, 2]]
+
+
+@pytest.mark.parametrize(("name", "text"), [
+    ("a.csv", '"one, two",three,4.5\nfour,five,0\n'),
+    ("b.csv", 'score,sentence1,sentence2\n4.5,"one, two",three\n0,four,five\n'),
+    ("c.tsv", "one, two\tthree\t4.5\nfour\tfive\t0\n"),
+    ("d.jsonl", '{"sentence1": "one, two", "sentence2": "three", "label": 4.5}\n\n'
+                '{"sentence1": "four", "sentence2": "five", "score": 0}\n')])
+def test_scored_pairs_of_every_format(name: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    found = read_scored_pairs(tmp_path / name)
+    assert (found.first, found.second, found.scores) == (["one, two", "four"], ["three", "five"], [4.5, 0.0])
+
+
+def test_scored_pairs_of_tables_of_datasets(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    table = datasets.Dataset.from_dict({"sentence1": ["a", "b"], "sentence2": ["c", "d"], "score": [1.0, 2.0]})
+    table.to_parquet(tmp_path / "t.parquet")
+    table.save_to_disk(tmp_path / "t")
+    for path in (tmp_path / "t.parquet", tmp_path / "t"):
+        assert read_scored_pairs(path).scores == [1.0, 2.0]
+
+
+def test_a_row_without_a_score_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("one,two,1\nthree,four,high\n")
+    with pytest.raises(UserError, match=r"a\.csv:2: .*three"):
+        read_scored_pairs(tmp_path / "a.csv")
+
+
+def test_a_beir_folder_keeps_its_whole_corpus(tmp_path: Path) -> None:
+    (tmp_path / "qrels").mkdir()
+    lines = [{"_id": f"d{i}", "title": "T", "text": f"text {i}"} for i in range(5)]
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "queries.jsonl").write_text('{"_id": "q1", "text": "first"}\n{"_id": "q2", "text": "second"}\n')
+    (tmp_path / "qrels/test.tsv").write_text("query-id\tcorpus-id\tscore\nq2\td3\t2\nq2\td4\t0\nq1\td1\t0\n")
+    found = read_beir(tmp_path)
+    assert (found.queries, found.relevant, len(found.passages)) == (["second"], [{3: 2.0, 4: 0.0}], 5)
+    assert found.passages[3] == "T text 3"
+    (tmp_path / "qrels/test.tsv").write_text("query-id\tcorpus-id\tscore\nq2\td9\t2\n")
+    with pytest.raises(UserError, match=r"test\.tsv:2"):
+        read_beir(tmp_path)
