@@ -30,9 +30,10 @@ from data_prep.manifest import Manifest, write_manifest
 from data_prep.shards import ShardWriter, token_dtype
 from pretrain.config.load import load_run_config
 from pretrain.data.batch import Batch
+from pretrain.engine.claim import claim_run
 from pretrain.engine.distributed import World, join
 from pretrain.engine.ranks import RankEnvironment
-from pretrain.engine.setup import claim_run, prepare
+from pretrain.engine.setup import prepare
 from pretrain.engine.trainer import Trainer
 from pretrain.models.baseline.family import FAMILY
 

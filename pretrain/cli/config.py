@@ -60,3 +60,10 @@ def diff(left: Annotated[str, typer.Argument(help="YAML file or preset.")],
         typer.echo(f"{key}: {inline(a)} -> {inline(b)}")
     if not rows:
         typer.echo("no difference")
+
+
+@app.command()
+def changes() -> None:
+    """Print what may change in the config of a run that goes on, and of a branch, as a Markdown table."""
+    from pretrain.config.changes import table
+    typer.echo(table(), nl=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -12,6 +12,9 @@ from pretrain.config.model import Section
 
 class SourceConfig(Section):
     """Base: `kind` picks the source."""
+
+    changeable: ClassVar[frozenset[str]] = frozenset({"path", "verify"})
+    """Keys that a run may change when it goes on: they say where the samples lie, not which they are."""
 
     kind: str = Field(description="which source; see pretrain/config/registry.py")
 

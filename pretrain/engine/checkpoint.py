@@ -176,7 +176,7 @@ def load(engine: Engine, ref: CheckpointRef, seed: int) -> Snapshot:
     same_layout = _announce(engine, manifest, ref)
     elastic.restore(engine, ref.path, manifest)
     hook_tensors = _restore_extra(engine, ref.path)
-    stored = json.loads((ref.path / "state.json").read_text())
+    kept = stored(ref)
     inputs = load_file(ref.path / "probe.safetensors")
     saved = json.loads((ref.path / "probe.json").read_text())
     figures = probe.measure(engine, inputs, saved["controls"])
@@ -187,8 +187,14 @@ def load(engine: Engine, ref: CheckpointRef, seed: int) -> Snapshot:
         rng.restore(load_file(ref.path / f"rng-{world.rank}.safetensors"))
     else:
         rng.seed_all(seed, world.rank, manifest.k)
-    return Snapshot(stored["state"], stored["schedule"], stored["health"], {**stored["hooks"], **hook_tensors},
-                    stored["data_fingerprint"], inputs, saved["controls"])
+    return Snapshot(kept["state"], kept["schedule"], kept["health"], {**kept["hooks"], **hook_tensors},
+                    kept["data_fingerprint"], inputs, saved["controls"])
+
+
+def stored(ref: CheckpointRef) -> dict[str, Any]:
+    """`state.json` of a verified checkpoint: what of a Snapshot is no tensor."""
+    found: dict[str, Any] = json.loads((ref.path / "state.json").read_text())
+    return found
 
 
 def _announce(engine: Engine, manifest: Manifest, ref: CheckpointRef) -> bool:

@@ -18,11 +18,12 @@ from rich.console import Console
 
 from pretrain.config.load import LoadedConfig
 from pretrain.config.run import RunConfig
+from pretrain.engine.claim import Claim, claim_run
 from pretrain.engine.distributed import Failure, World, join, shutdown
 from pretrain.engine.evaluator import Evaluator
 from pretrain.engine.preflight import rank_table
 from pretrain.engine.ranks import RankEnvironment, forget_meeting, meet
-from pretrain.engine.setup import Claim, claim_run, prepare
+from pretrain.engine.setup import prepare
 from pretrain.engine.stopping import StopSignals
 from pretrain.engine.watch import watching
 from pretrain.errors import ExitCode, PretrainError

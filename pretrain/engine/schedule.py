@@ -66,6 +66,10 @@ class LearningRate:
         state.factor, state.waited = state.factor * self.config.plateau_factor, 0
         return True
 
+    def judge_anew(self) -> None:
+        """Forget the best figure; cuts that were made stay."""
+        self.plateau.best, self.plateau.waited = math.inf, 0
+
     def state_dict(self) -> dict[str, Any]:
         """JSON scalars."""
         return {k: (v if math.isfinite(v) else None) for k, v in asdict(self.plateau).items()}

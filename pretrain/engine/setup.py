@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
 from rich.console import Console
 from transformers import PreTrainedModel
 
+from pretrain.config.changes import JUDGED, REOPENS, rule_of
 from pretrain.config.interval import Interval
-from pretrain.config.load import LoadedConfig, diff_configs, dump_yaml, load_run_config
+from pretrain.config.load import LoadedConfig
 from pretrain.config.machine import device_facts
 from pretrain.config.precision import DeviceFacts, advise_precision
 from pretrain.config.registry import FAMILIES, OBJECTIVES, resolve
 from pretrain.config.run import Precision, ResolvedBatch, RunConfig
 from pretrain.data.loader import UpdateLoader
 from pretrain.data.open import TrainingData, open_training
-from pretrain.engine import checkpoint, readback, rng
+from pretrain.engine import checkpoint, rng
 from pretrain.engine.build import Engine, build_engine, build_model
 from pretrain.engine.checkpoint import Snapshot
+from pretrain.engine.claim import Claim, check_changes, check_data, take_over
 from pretrain.engine.consolidate import load_initial_weights
 from pretrain.engine.distributed import World
 from pretrain.engine.evaluator import Evaluator
@@ -39,124 +39,16 @@ from pretrain.engine.state import RunState
 from pretrain.engine.stopping import StopRequests, StopSignals
 from pretrain.engine.trainer import Trainer
 from pretrain.engine.views import FamilyStartContext
-from pretrain.errors import CheckFailed, ConfigError, DataCorruption, PretrainError, UserError
+from pretrain.errors import CheckFailed, ConfigError, UserError
 from pretrain.models.base import Family, Hooks
 from pretrain.monitor.clock import TimeShares
-from pretrain.monitor.environment import describe_environment
 from pretrain.monitor.health import Health
 from pretrain.monitor.profiler import StepProfiler
 from pretrain.monitor.progress import Progress
 from pretrain.monitor.throughput import Throughput, peak_flops
 from pretrain.monitor.writers import MetricsWriter, WandbOptions
-from pretrain.runfolder.holder import SlurmJob
-from pretrain.runfolder.layout import CheckpointRef, RunFolder
-from pretrain.runfolder.lease import Lease
-from pretrain.runfolder.publish import MANIFEST, hash_file, require_space, write_json_atomic, write_text_atomic
-from pretrain.runfolder.retention import remove_dead_pins
-from pretrain.runfolder.status import Status
-from pretrain.runfolder.whole import newest_whole
 
-_CURE = "set it back, give the run another name, or start it with train.init_from"
-_ORDER_KEYS = ("seed", "batch.", "data.seq_len", "data.stride", "data.source", "data.order", "data.document_masking")
-"""What decides which samples a batch holds."""
-_UNSEEN = "other content of the dataset, or another number of ranks where batch.global_batch_size is left out"
 _log = logging.getLogger("pretrain")
-
-
-@dataclass
-class Claim:
-    """What a process holds of its run folder."""
-
-    folder: RunFolder
-    lease: Lease | None
-    """Rank 0's."""
-    resume: CheckpointRef | None
-    changes: list[tuple[str, Any, Any]]
-    """(dotted key, value at the last start, value now) where a run that goes on has another config."""
-    status: Status | None
-    """Rank 0's."""
-
-
-def claim_run(loaded: LoadedConfig, world: World) -> Claim:
-    """Take the lease and choose the checkpoint to go on from. Collective.
-
-    What an earlier start left stays as it is until `take_over`. The checkpoint is the newest whose files are what its
-    manifest says. Raises UserError where another process holds the run or the folder cannot be written to,
-    DataCorruption where there are checkpoints and none is whole.
-    """
-    root = Path(loaded.config.runs_dir) / loaded.config.name
-    lease: Lease | None = None
-    status: Status | None = None
-
-    def claim() -> tuple[CheckpointRef | None, list[tuple[str, Any, Any]]]:
-        nonlocal lease, status
-        folder = RunFolder.create(root)
-        before = Status.read(folder)
-        lease = Lease.acquire(folder, slurm=SlurmJob.from_environment(os.environ))
-        folder.clean_temporaries(lease.fence)
-        remove_dead_pins(folder)
-        status = Status(fence=lease.fence, started=time.time(), restarts=lease.fence - 1)
-        try:
-            with lease.beating():  # hashing a large checkpoint takes minutes
-                resume = newest_whole(folder) if loaded.config.train.resume == "auto" else None
-        except DataCorruption as error:
-            status.ended(error.code, "no whole checkpoint", str(error)).write(folder)
-            lease.release()
-            raise
-        if not folder.checkpoints():
-            _describe(folder, loaded)
-        if resume is not None:
-            status = replace(status, step=resume.step, k=before.k if before else 0)
-        status = status.write(folder)
-        return resume, _changes(folder, loaded) if resume else []
-
-    resume, changes = world.on_main(claim)
-    return Claim(RunFolder(root), lease, resume, changes, status)
-
-
-def take_over(loaded: LoadedConfig, claim: Claim, engine: Engine, total_steps: int) -> None:
-    """From here on this start is what the run is: nothing stands against training any more. Rank 0 only.
-
-    A start that is refused before this point hides no earlier work and overwrites no config. Raises UserError where the
-    disk has no room for a checkpoint.
-    """
-    assert claim.lease is not None and claim.status is not None
-    require_space(claim.folder.checkpoints_dir, checkpoint.expected_bytes(engine))
-    if claim.resume is None:
-        claim.lease.set_fresh()
-    else:
-        claim.lease.set_resumed_from(claim.resume.step, claim.resume.fence, hash_file(claim.resume.path / MANIFEST))
-    _describe(claim.folder, loaded)
-    write_json_atomic(claim.folder.root / "deepspeed.json", engine.config)
-    for line in readback.differences(engine):
-        _log.warning("DeepSpeed differs: %s", line)
-    claim.status = replace(claim.status, total_steps=total_steps).write(claim.folder)
-
-
-def _describe(folder: RunFolder, loaded: LoadedConfig) -> None:
-    write_text_atomic(folder.config_file, dump_yaml(loaded))
-    write_json_atomic(folder.environment_file, describe_environment())
-
-
-def _changes(folder: RunFolder, loaded: LoadedConfig) -> list[tuple[str, Any, Any]]:
-    try:
-        return diff_configs(load_run_config(folder.config_file), loaded)
-    except PretrainError as error:
-        _log.warning("%s; what has changed since the last start cannot be told", error)
-        return []
-
-
-def check_changes(claim: Claim, config: RunConfig) -> None:
-    """Raise UserError where the run in the folder is of another model.
-
-    Weights would not always show it: buffers come out of the checkpoint, whatever the config says of them by now.
-    """
-    if claim.resume is None:
-        return
-    other = [change for change in claim.changes if change[0].startswith("model.")
-             and change[0].removeprefix("model.") not in config.model.changeable]
-    if other:
-        raise UserError(f"{claim.resume.path}: is of another model ({_told(other)}); {_CURE}")
 
 
 def check_evaluations(config: RunConfig, evaluators: Sequence[Evaluator]) -> None:
@@ -167,10 +59,6 @@ def check_evaluations(config: RunConfig, evaluators: Sequence[Evaluator]) -> Non
         if value is not None and not evaluators:
             raise ConfigError(key, f"{value} is judged at evaluations, but there is nothing to evaluate on: the data "
                               "have no split val; name a data.validation or leave it out")
-
-
-def _told(changes: Sequence[tuple[str, Any, Any]]) -> str:
-    return "; ".join(f"{key} is {old} in the run, {new} here" for key, old, new in changes)
 
 
 def choose(config: RunConfig, world: World) -> tuple[Family, ResolvedBatch, Precision]:
@@ -206,6 +94,7 @@ def prepare(loaded: LoadedConfig, world: World, claim: Claim, evaluators: Sequen
     if "fp32" in world.gather_objects(precision):  # ranks on unequal hardware
         precision = "fp32"
     data = open_data(config, batch, world)
+    world.all_or_none(lambda: check_data(claim, config, data.fingerprint))
     lengths = world.all_or_none(lambda: Lengths.of(config, batch, data.epoch_samples))
     if config.train.init_from and claim.resume is None:
         world.all_or_none(lambda: check_initial(Path(str(config.train.init_from)), data.source))
@@ -219,7 +108,7 @@ def prepare(loaded: LoadedConfig, world: World, claim: Claim, evaluators: Sequen
             load_initial_weights(model, Path(config.train.init_from), partitioned=keepalive is not None)
         hooks.before_engine(FamilyStartContext(model, world, keepalive is not None, data.samples))
     engine = build_engine(config, family, batch, precision, world, model, ds_config, keepalive)
-    snapshot = _load(engine, claim, config, data) if claim.resume is not None else None
+    snapshot = checkpoint.load(engine, claim.resume, config.seed) if claim.resume is not None else None
     world.on_main(lambda: take_over(loaded, claim, engine, lengths.total))
     trainer = _assemble(config, batch, world, claim, engine, family, data, hooks, evaluators, console, lengths, signals,
                         start_k=int(snapshot.state["k"]) if snapshot is not None else 0)
@@ -338,25 +227,15 @@ def _mirror(config: RunConfig, claim: Claim, world: World) -> Mirror | None:
     return Mirror(claim.folder, wanted) if wanted is not None and world.is_main else None
 
 
-def _load(engine: Engine, claim: Claim, config: RunConfig, data: TrainingData) -> Snapshot:
-    """Put weights and moments back to where the checkpoint was written. Collective.
-
-    Raises UserError naming the keys where it was trained on other data.
-    """
-    ref = claim.resume
-    assert ref is not None
-    snapshot = checkpoint.load(engine, ref, config.seed)
-    if snapshot.data_fingerprint != data.fingerprint:
-        told = _told([change for change in claim.changes if change[0].startswith(_ORDER_KEYS)])
-        raise UserError(f"{ref.path}: was trained on other data, order or batch size ({told or _UNSEEN}); {_CURE}")
-    if engine.world.is_main and claim.changes:
-        _log.info("changed since the last start: %s", _told(claim.changes))
-    return snapshot
-
-
 def _resume(trainer: Trainer, snapshot: Snapshot, claim: Claim) -> None:
     """Everything beside weights, moments and the loader, which are there already."""
     trainer.restore(snapshot)
+    changed = [key for key, *_ in claim.changes]
+    if any(rule_of(key, trainer.config) is JUDGED for key in changed):
+        trainer.state.judge_anew()
+        trainer.lr.judge_anew()
+    if any(key in REOPENS for key in changed):
+        trainer.state.stopped_early = None
     if trainer.engine.world.is_main:
         assert claim.resume is not None
         _log.info("resumed from %s: step %d, batch %d", claim.resume.path, trainer.state.step, trainer.state.k)

@@ -64,6 +64,10 @@ class RunState:
             self.evaluations_without_improvement += 1
         return improved
 
+    def judge_anew(self) -> None:
+        """Forget the best: what comes is judged otherwise."""
+        self.best, self.best_steps, self.evaluations_without_improvement, self.stopped_early = None, [], 0, None
+
     def to_json(self) -> dict[str, Any]:
         """JSON scalars and lists."""
         return asdict(self)

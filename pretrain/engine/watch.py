@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pretrain.engine.setup import Claim
+from pretrain.engine.claim import Claim
 from pretrain.engine.trainer import Trainer
 from pretrain.errors import DataCorruption, ExitCode
 from pretrain.runfolder.layout import RunFolder

@@ -136,7 +136,8 @@ def attempt(world: World, folder: Path, name: str, values: dict[str, Any]) -> st
     from rich.console import Console
 
     from pretrain.config.load import load_run_config
-    from pretrain.engine.setup import claim_run, prepare
+    from pretrain.engine.claim import claim_run
+    from pretrain.engine.setup import prepare
     world.on_main(lambda: write_config(folder, name, **values) and None)
     loaded = load_run_config(folder / f"{name}.yaml")
     claim = claim_run(loaded, world)

@@ -11,9 +11,10 @@ import yaml
 from rich.console import Console
 
 from pretrain.config.load import load_run_config
+from pretrain.engine.claim import claim_run
 from pretrain.engine.distributed import World
 from pretrain.engine.evaluator import Evaluator
-from pretrain.engine.setup import claim_run, prepare
+from pretrain.engine.setup import prepare
 from pretrain.engine.trainer import Trainer
 from pretrain.monitor.writers import read_metrics
 from pretrain.runfolder.layout import RunFolder
