@@ -1,6 +1,7 @@
 """Ranks without the seconds that imports take: one process imports everything once and forks a rank for each request.
 
 What is left out is the start of the interpreter; from `pretrain.cli.main.main` on a forked rank runs the real command.
+With several ranks the real launcher runs in a forked process too, and forks its ranks where it would have started them.
 """
 
 from __future__ import annotations
@@ -12,11 +13,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from pretrain.engine.stopping import STOP_SIGNALS
 
 ROOT = Path(__file__).resolve().parents[2]
 LATE = ("torch._dynamo.backends.debugging", "torch._dynamo.testing", "deepspeed.module_inject.auto_ep_layer",
@@ -93,7 +97,8 @@ class Warm:
               environment: dict[str, str] | None = None) -> Forked:
         """Run `pretrain ARGUMENTS` in `folder`; the Python statements `before` are run first, to break something.
 
-        It is rank 0 of 1, unless `environment` says otherwise; with an empty one it is what a user starts.
+        It is rank 0 of 1, unless `environment` says otherwise; with an empty one it is what a user starts, and each of
+        the ranks that its launcher forks runs `before`.
         """
         self.count += 1
         stderr = folder / f"stderr-{self.count}.txt"
@@ -137,6 +142,7 @@ def serve() -> None:
 
 def _run(request: dict[str, Any]) -> None:
     """The forked process: becomes what a shell would have started."""
+    from pretrain.engine import launcher
     from pretrain.engine.launcher import _die_with
     code = 1
     try:
@@ -148,17 +154,68 @@ def _run(request: dict[str, Any]) -> None:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.chdir(request["folder"])
         os.environ.update(request["environment"])
-        sys.argv = ["pretrain", *request["arguments"]]
-        exec(request["before"], {})
-        from pretrain.cli.main import main
+        if "RANK" not in os.environ:
+            launcher.subprocess = _Forking(request["before"])  # type: ignore[assignment]
+            request = {**request, "before": ""}
+        code = _command(request["arguments"], request["before"])
+    finally:
+        os._exit(code)
+
+
+def _command(arguments: Sequence[str], before: str) -> int:
+    """`pretrain ARGUMENTS` in this process; its exit code."""
+    from pretrain.cli.main import main
+    try:
+        sys.argv = ["pretrain", *arguments]
+        exec(before, {})
         main()
-        code = 0
+        return 0
     except SystemExit as leaving:
-        code = int(leaving.code or 0)
+        return int(leaving.code or 0)
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)
+
+
+class _Forking:
+    """In the place of the module `subprocess` in the launcher: its ranks are forks of this process."""
+
+    DEVNULL = subprocess.DEVNULL
+
+    def __init__(self, before: str) -> None:
+        self._before = before
+
+    def Popen(self, command: list[str], *, env: Mapping[str, str], pass_fds: Iterable[int], process_group: int,
+              stdin: int, preexec_fn: Callable[[], None]) -> subprocess.Popen[bytes]:
+        """A forked process in the state in which `subprocess.Popen` would have left an executed one."""
+        assert command[1:4] == ["-P", "-m", "pretrain.cli.main"]
+        pid = os.fork()
+        if pid:
+            return _adopted(pid)
+        code = 1
+        try:
+            os.setpgid(0, process_group)
+            for number in (*STOP_SIGNALS, signal.SIGHUP):
+                signal.signal(number, signal.SIG_DFL)
+            preexec_fn()
+            at = 3
+            for kept in (*sorted(pass_fds), os.sysconf("SC_OPEN_MAX")):
+                os.closerange(at, min(kept, 4096))
+                at = kept + 1
+            os.environ.clear()
+            os.environ.update(env)
+            code = _command(command[4:], self._before)
+        finally:
+            os._exit(code)
+
+
+def _adopted(pid: int) -> subprocess.Popen[bytes]:
+    """The handle of a child that was not started through it."""
+    child = subprocess.Popen.__new__(subprocess.Popen)
+    vars(child).update(pid=pid, returncode=None, args=["forked rank"], stdin=None, stdout=None, stderr=None,
+                       _child_created=True, _waitpid_lock=threading.Lock(), _input=None, _communication_started=False,
+                       _closed_child_pipe_fds=True)
+    return child
 
 
 if __name__ == "__main__":
