@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -49,6 +50,12 @@ class Request:
     sampling: Sampling = SAMPLING
     max_new_tokens: int = 128
     seed: int = 0
+    controls: bool = False
+    """Task needle: run every control as well."""
+    null: str | None = None
+    """Task needle: a run of the matched adapter without memory."""
+    sets: tuple[str, ...] = ()
+    """Task needle: changes of the task."""
 
 
 def evaluate_perplexity(target: Target, request: Request, command: list[str]) -> Results:
@@ -64,7 +71,7 @@ def evaluate_perplexity(target: Target, request: Request, command: list[str]) ->
                         f"{target.config.model.kind}")
     source, seq_len = open_data(target, request)
     data = ValidationData(source, read_token_bytes(source))
-    size = request.batch_size or (_batch(target).micro_batch_size if target.config else DEFAULT_BATCH_SIZE)
+    size = request.batch_size or (_batch(target).micro_batch_size if target.manifest else DEFAULT_BATCH_SIZE)
     windows = _windows(target, request)
     batches = list(eval_batches(source, rank=0, world=1, batch_size=size, max_samples=windows))
     sums = perplexity.tally(target.forward, batches, target.device, data.token_bytes)
@@ -78,7 +85,7 @@ def evaluate_perplexity(target: Target, request: Request, command: list[str]) ->
         dataset |= {"path": str(source.manifest.folder), "split": source.split.name,
                     "fingerprint": source.manifest.fingerprint}
     return Results(task=perplexity.TASK, task_version=perplexity.VERSION, metrics=records(result), baselines=baselines,
-                   samples=texts, dataset=dataset, batch_size=size, seed=request.seed, **_about(target, command))
+                   samples=texts, dataset=dataset, batch_size=size, seed=request.seed, **about(target, command))
 
 
 def evaluate_gates(target: Target, request: Request, command: list[str]) -> Results:
@@ -87,10 +94,12 @@ def evaluate_gates(target: Target, request: Request, command: list[str]) -> Resu
     outcomes = run_gates(target.module, vocab_size=target.vocab_size, seq_len=seq_len, seed=request.seed,
                          device=target.device)
     passed = [outcome.passed for outcome in outcomes]
+    failed = [outcome.name for outcome in outcomes if not outcome.passed]
     return Results(
-        task=GATES, task_version=GATES_VERSION, passed=all(passed), batch_size=1, seed=request.seed,
+        task=GATES, task_version=GATES_VERSION, passed=not failed, batch_size=1, seed=request.seed,
+        failure=f"failed {', '.join(failed)}" if failed else None,
         metrics={"gates/passed": MetricRecord(value=float(sum(passed)), n=len(passed), higher_is_better=True)},
-        details={o.name: asdict(o) for o in outcomes}, **_about(target, command))
+        details={o.name: asdict(o) for o in outcomes}, **about(target, command))
 
 
 def open_data(target: Target, request: Request) -> tuple[SampleSource, int]:
@@ -149,7 +158,8 @@ def default_folder(target: Target, request: Request, results: Results) -> Path |
              str(results.dataset["fingerprint"])[:8] if request.data else "",
              f"{request.seq_len}-tokens" if request.seq_len else "",
              f"{request.max_windows}-windows" if request.max_windows else "",
-             "baselines" if results.baselines else ""]
+             "baselines" if results.baselines else "", "controls" if request.controls else "",
+             *(re.sub(r"[^A-Za-z0-9.=_-]", "", text.rpartition("source.")[2]) for text in request.sets)]
     return target.run_folder.eval_dir / "-".join(part for part in parts if part)
 
 
@@ -163,11 +173,13 @@ def _windows(target: Target, request: Request) -> int | None:
     """How many windows: as asked, else as many as the run evaluates on its own data, else all."""
     if request.max_windows is not None or target.config is None or request.data or request.split:
         return request.max_windows
+    if target.manifest is None:
+        return None
     return perplexity.max_samples(target.config.eval.max_batches, _batch(target).global_batch_size)
 
 
 def _baselines(target: Target, batches: list[Batch], token_bytes: np.ndarray | None) -> list[NGramRecord]:
-    if target.config is None:
+    if target.config is None or target.manifest is None:
         raise UserError(f"{target.path}: n-gram baselines need the training data of a run; give the run")
     return ngram_baselines(target.config, _batch(target), batches, token_bytes, samples=_samples(target))
 
@@ -178,7 +190,7 @@ def _samples(target: Target) -> int:
     return target.manifest.k * _batch(target).global_batch_size
 
 
-def _about(target: Target, command: list[str]) -> dict[str, Any]:
+def about(target: Target, command: list[str]) -> dict[str, Any]:
     """The fields of results that say what was evaluated, where and how."""
     environment = describe_environment()
     trained = _samples(target) * target.config.data.seq_len if target.config and target.manifest else None

@@ -21,6 +21,7 @@ from evaluation.charts import (
     stacked_bar,
 )
 from evaluation.comparison import Row, comparison
+from evaluation.needle_tables import needle_section
 from evaluation.report_data import ReportData
 from evaluation.results import MetricRecord, Results, TextSample
 from pretrain.monitor.clock import PHASES
@@ -33,8 +34,9 @@ def page(data: ReportData, created: str) -> str:
     main = data.main_result()
     rows = comparison(main) if main else []
     environment = [(key, _line(value)) for key, value in data.environment.items() if value]
-    sections = [_head(data, main), _results(rows, main), _training(data, rows), _time(data), _samples(data),
-                _events(data), _facts("Environment", environment), _config(data.config_text)]
+    sections = [_head(data, main), _results(rows, main), needle_section(data.results), _training(data, rows),
+                _time(data), _samples(data), _events(data), _facts("Environment", environment),
+                _config(data.config_text)]
     assets = files("evaluation").joinpath("assets")
     style = assets.joinpath("report.css").read_text("utf-8")
     script = assets.joinpath("report.js").read_text("utf-8")

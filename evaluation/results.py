@@ -62,6 +62,7 @@ class Results(Section):
     task_version: int = Field(description="raised whenever the figure of a task would change on equal input")
     metrics: dict[str, MetricRecord]
     passed: bool | None = Field(None, description="verdict, where the task has one")
+    failure: str | None = Field(None, description="what did not pass, in a few words")
     baselines: list[NGramRecord] = Field(default_factory=list)
     samples: list[TextSample] = Field(default_factory=list)
     details: dict[str, Any] = Field(default_factory=dict, description="whatever else the task found")

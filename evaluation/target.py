@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,9 +23,11 @@ from data_prep.manifest import Manifest as DatasetManifest
 from data_prep.tokenizer import load_tokenizer
 from evaluation.plain import PlainCausalLM
 from pretrain.config.load import load_run_config
+from pretrain.config.presets import list_presets
 from pretrain.config.registry import FAMILIES, resolve
 from pretrain.config.run import RunConfig
 from pretrain.config.source import ShardsConfig
+from pretrain.config.suggest import nearest
 from pretrain.engine.consolidate import load_weights
 from pretrain.errors import DataCorruption, UserError
 from pretrain.models.base import BuildContext, Family
@@ -34,7 +36,7 @@ from pretrain.runfolder.publish import MANIFEST, Manifest, hash_file
 from pretrain.runfolder.retention import pinned
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-Kind = Literal["run", "checkpoint", "export", "huggingface"]
+Kind = Literal["run", "checkpoint", "export", "huggingface", "config"]
 PROVENANCE = "provenance.json"
 """Written by our export; tells an export from any other Hugging Face folder."""
 
@@ -56,7 +58,7 @@ class Target:
     tokenizer_sha256: str | None
     eos_id: int | None
     config: RunConfig | None = None
-    """Of runs and checkpoints."""
+    """Of runs, checkpoints and configs."""
     checkpoint: CheckpointRef | None = None
     run_folder: RunFolder | None = None
     manifest: Manifest | None = None
@@ -83,16 +85,17 @@ class Target:
 
 
 def open_target(text: str, *, dtype: str = "fp32", device: torch.device | None = None, step: int | None = None,
-                best: bool = False, trust_remote_code: bool = False) -> Target:
-    """Open a run folder, a checkpoint of any ZeRO stage, an export or a Hugging Face folder.
+                best: bool = False, trust_remote_code: bool = False, sets: Sequence[str] = ()) -> Target:
+    """Open a run folder, a checkpoint of any ZeRO stage, an export, a Hugging Face folder, or a config as it starts.
 
     Args:
-        text: its path.
+        text: its path; the name of a preset or a YAML file stands for the untrained model that it describes.
         dtype: of the weights: fp32, bf16 or fp16.
         device: None takes CUDA where there is one, else the CPU.
         step: of a run: this checkpoint instead of the newest.
         best: of a run: the checkpoint that was best on validation.
         trust_remote_code: run code that comes with a Hugging Face folder.
+        sets: of a config: changes, as "model.hidden_size=64".
 
     Raises:
         UserError: there is no such thing, or it does not fit the request.
@@ -101,9 +104,12 @@ def open_target(text: str, *, dtype: str = "fp32", device: torch.device | None =
     path = Path(text)
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype}: one of {', '.join(DTYPES)} would be right")
-    if not path.is_dir():
-        raise UserError(f"{text}: no such folder; give a run, a checkpoint, an export or a Hugging Face folder")
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if path.suffix in (".yaml", ".yml") or (not path.exists() and text in list_presets()):
+        return _from_config(text, sets, dtype, device)
+    if not path.is_dir():
+        raise UserError(f"{text}: no such folder; give a run, a checkpoint, an export, a Hugging Face folder or a "
+                        f"config{nearest(text, list_presets())}")
     if step is not None and best:
         raise UserError("give --step or --best, not both")
     if is_run_folder(path):
@@ -162,6 +168,19 @@ def _from_checkpoint(ref: CheckpointRef, folder: RunFolder, path: Path, kind: Ki
     tokenizer, sha, eos = dataset_tokenizer(config)
     return Target(path, kind, model, model, dtype, device, config.model.vocab_size, config.model.max_seq_len, tokenizer,
                   sha, eos, config, ref, folder, manifest, weights_sha256, controls)
+
+
+def _from_config(text: str, sets: Sequence[str], dtype: str, device: torch.device) -> Target:
+    """The model of a config before its first step, without what hooks do before training (calibration)."""
+    config = load_run_config(text, sets).config
+    family: Family = resolve(FAMILIES, config.model.family, "model.family")
+    model = family.build(config.model, BuildContext(seed=config.seed, document_masking=config.data.document_masking))
+    cast_parameters(model, DTYPES[dtype])
+    model = model.to(device).eval()
+    tokenizer, sha, eos = dataset_tokenizer(config)
+    return Target(Path(text), "config", model, model, dtype, device, config.model.vocab_size, config.model.max_seq_len,
+                  tokenizer, sha, eos, config, controls=family.hooks(config).controls(0),
+                  provenance={"step": 0, "train_tokens": 0})
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pretrain.cli.options import JsonOption, LogLevel, LogLevelOption
+from pretrain.cli.options import JsonOption, LogLevel, LogLevelOption, SetOption
 from pretrain.errors import CheckFailed
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ class Task(StrEnum):
     """What can be evaluated."""
 
     PERPLEXITY = "perplexity"
+    NEEDLE = "needle"
     GATES = "gates"
 
 
@@ -34,23 +35,26 @@ class Dtype(StrEnum):
 
 
 TargetArgument = Annotated[str, typer.Argument(metavar="TARGET", show_default=False,
-                                               help="Run, checkpoint, export or Hugging Face folder.")]
+                                               help="Run, checkpoint, export, Hugging Face folder or config.")]
 StepOption = Annotated[int | None, typer.Option("--step", help="Of a run: this checkpoint instead of the newest.")]
 BestOption = Annotated[bool, typer.Option("--best", help="Of a run: the checkpoint that was best on validation.")]
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Of weights and activations.")]
 RemoteCodeOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the folder.")]
 
 
-def evaluate(target: TargetArgument,
+def evaluate(target: TargetArgument, *,
              task: Annotated[Task, typer.Option("--task", "--suite", help="What to evaluate.")] = Task.PERPLEXITY,
              data: Annotated[Path | None, typer.Option(help="Dataset folder; default: the run's own.")] = None,
              split: Annotated[str | None, typer.Option(help="Split of the dataset; default: val.")] = None,
              seq_len: Annotated[int | None, typer.Option(min=2, help="Tokens a window; default: the run's.")] = None,
              dtype: DtypeOption = Dtype.FP32,
              batch_size: Annotated[int | None, typer.Option(min=1, help="Windows a forward.")] = None,
-             max_windows: Annotated[int | None, typer.Option(min=1, help="Windows, spread over the split.")] = None,
+             max_windows: Annotated[int | None, typer.Option(min=1, help="Windows, or needles, of the split.")] = None,
              samples: Annotated[int, typer.Option(min=0, max=64, help="Texts to write as well.")] = 0,
              baselines: Annotated[bool, typer.Option("--baselines", help="N-grams of order 1 to 3 too.")] = False,
+             controls: Annotated[bool, typer.Option("--controls", help="Task needle: every control too.")] = False,
+             null: Annotated[str | None, typer.Option(help="Task needle: run of the adapter without memory.")] = None,
+             sets: SetOption,
              seed: Annotated[int, typer.Option(min=0, help="Of intervals, texts and gates.")] = 0,
              step: StepOption = None, best: BestOption = False,
              out: Annotated[Path | None, typer.Option(help="Folder of results.json; default: RUN/eval/...")] = None,
@@ -59,20 +63,24 @@ def evaluate(target: TargetArgument,
     """Evaluate a run, checkpoint, export or Hugging Face folder.
 
     Writes results.json into RUN/eval (or --out) and prints a table. Exit codes: 0 done, 2 bad input, 3 corrupt files,
-    5 a gate failed.
+    5 a gate failed, or a needle was found where none is. A config stands for its untrained model; `--set` changes it,
+    and of other targets the task (--set data.source.ctx_chunks=16).
     """
     from transformers.utils import logging
 
+    from evaluation.needle_eval import evaluate_needle
     from evaluation.offline import Request, default_folder, evaluate_gates, evaluate_perplexity
     from evaluation.samples import SAMPLING
     from evaluation.target import open_target
     logging.disable_progress_bar()
-    opened = open_target(target, dtype=dtype.value, step=step, best=best, trust_remote_code=trust_remote_code)
+    opened = open_target(target, dtype=dtype.value, step=step, best=best, trust_remote_code=trust_remote_code,
+                         sets=sets)
     request = Request(data=data, split=split, seq_len=seq_len, batch_size=batch_size, max_windows=max_windows,
-                      baselines=baselines, texts=samples, seed=seed,
+                      baselines=baselines, texts=samples, seed=seed, controls=controls, null=null, sets=tuple(sets),
                       sampling=replace(SAMPLING, seed=seed))
     command = ["pretrain", *sys.argv[1:]]
-    results = (evaluate_gates if task is Task.GATES else evaluate_perplexity)(opened, request, command)
+    tasks = {Task.PERPLEXITY: evaluate_perplexity, Task.NEEDLE: evaluate_needle, Task.GATES: evaluate_gates}
+    results = tasks[task](opened, request, command)
     folder = out or default_folder(opened, request, results)
     path = results.write(folder) if folder is not None else None
     _refresh_report(opened)
@@ -81,16 +89,18 @@ def evaluate(target: TargetArgument,
     else:
         _show(results, path)
     if results.passed is False:
-        failed = [name for name, found in results.details.items() if not found["passed"]]
-        raise CheckFailed(f"{target}: failed {', '.join(failed)}")
+        raise CheckFailed(f"{target}: {results.failure}")
 
 
 def _show(results: Results, path: Path | None) -> None:
     from rich.console import Console
 
+    from evaluation.needle_tables import needle_tables
     from evaluation.tables import comparison_table, details_table, metrics_table
     console = Console()
-    console.print(details_table(results) if results.details else metrics_table(results))
+    console.print(details_table(results) if results.task == Task.GATES else metrics_table(results))
+    for part in needle_tables(results) if results.task == Task.NEEDLE else ():
+        console.print(part, highlight=False)
     if results.baselines:
         console.print(comparison_table(results))
     for sample in results.samples:

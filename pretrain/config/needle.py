@@ -128,7 +128,7 @@ class NeedleConfig(SourceConfig):
         if self.needles * block > self.context_len:
             raise ConfigError(f"{key}.ctx_chunk_len", f"{self.ctx_chunks} x {self.ctx_chunk_len} = {self.context_len} "
                               f"tokens of context do not hold {self.needles} needle(s) of {block} tokens with marker")
-        wanted = self.needles * (self.needle_len + (KEY_LEN if self.has_key else 0)) + self.needle_len + KEY_LEN
+        wanted = self.needles * (self.needle_len + (KEY_LEN if self.has_key else 0)) + self.needle_len + QUERY_LEN
         if self.pool_size <= wanted:
             raise ConfigError(f"{key}.vocab_size", f"{self.vocab_size} less twice data.source.pool_margin "
                               f"{self.pool_margin} leaves {max(0, self.pool_size)} ids to draw from; needles, keys and "

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from data_prep.files import canonical_json
 from data_prep.manifest import Manifest
-from pretrain.config.needle import KEY_LEN, NeedleConfig
+from pretrain.config.needle import KEY_LEN, QUERY_LEN, NeedleConfig
 from pretrain.config.source import DataConfig
 from pretrain.data.batch import Batch
 from pretrain.data.bijection import U64Array, as_keys, derive, permute, stream_key
@@ -40,7 +40,7 @@ class NeedleRows:
     start: I64Array
     """[N] place of its first token in the context."""
     spare: I64Array
-    """[N, L + 4] pool ids that stand in no needle and no key of the row; controls draw on them."""
+    """[N, L + 6] pool ids that stand in no needle and no key of the row; controls draw on them."""
 
 
 class NeedleSource:
@@ -102,7 +102,7 @@ class NeedleSource:
         length, key_len = config.needle_len, KEY_LEN if config.has_key else 0
         blocks = self._blocks(keys)
         text = self._windows(ids) if self._text else None
-        drawn = self._distinct(keys, config.needles * (key_len + length) + length + KEY_LEN, text)
+        drawn = self._distinct(keys, config.needles * (key_len + length) + length + QUERY_LEN, text)
         named, spare = np.split(drawn, [config.needles * (key_len + length)], axis=1)
         # [N, needles, key + L]: key and needle of each block
         named = named.reshape(len(ids), config.needles, key_len + length)

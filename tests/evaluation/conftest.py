@@ -82,6 +82,12 @@ def make_run(config: RunConfig, *, step=3, fence=1, seed=0, controls=None):
 
 
 @pytest.fixture
+def checkpointed():
+    """`make_run`."""
+    return make_run
+
+
+@pytest.fixture
 def run(run_config):
     return make_run(run_config)
 

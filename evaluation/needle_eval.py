@@ -1,0 +1,226 @@
+"""Needles asked of a finished model: figures, controls, references, distance, verdict; one results.json."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from evaluation import needle, perplexity
+from evaluation.needle import Answers
+from evaluation.needle_controls import ITSELF, Check, applicable, batch_check, future_check, parts, run_control
+from evaluation.needle_reader import Reader, reads_out
+from evaluation.needle_rules import Evidence, findings, line
+from evaluation.needle_variants import variants
+from evaluation.offline import DEFAULT_BATCH_SIZE, Request, about, open_data
+from evaluation.results import MetricRecord, Results, records
+from evaluation.target import Target, open_target
+from evaluation.verdict import at_chance, decide
+from pretrain.config.merge import SET, Layered, apply_sets
+from pretrain.config.model import Section
+from pretrain.config.needle import NeedleConfig
+from pretrain.config.problems import collect
+from pretrain.config.source import DataConfig
+from pretrain.data.needle import NeedleSource
+from pretrain.data.open import eval_batches
+from pretrain.engine.evaluator import EvalResult, Metric
+from pretrain.errors import ConfigErrors, UserError
+from pretrain.metrics.needle import Predictions, Rate, by_distance, hits_needed, needle_rates
+from pretrain.monitor.rows import read_metrics
+
+CONTROL_EXAMPLES = 200
+"""Needles of each control where more are asked for the figure itself."""
+DISTANCE_BINS = 8
+_KEY = "data.source."
+
+
+class _Changed(Section):
+    """The part of a run config that a needle evaluation looks at."""
+
+    data: DataConfig
+
+
+def needle_task(target: Target, split: str, sets: Sequence[str]) -> NeedleConfig:
+    """The task of the target's run on another split, with `sets` ("data.source.KEY=VALUE") on top.
+
+    Without a needle run it is the default task on the target's vocabulary. Raises UserError for other keys, and where
+    vocabulary or length do not fit the model.
+    """
+    if target.kind == "config":  # what it is changed by, its task has already
+        sets = ()
+    for text in sets:
+        if not text.startswith(_KEY) or "=" not in text:
+            raise UserError(f"--set {text}: here only the task is changed, as {_KEY}needle_marker=key")
+    values: dict[str, Any] = {"kind": "needle", "vocab_size": target.vocab_size}
+    if target.config is not None and isinstance(target.config.data.source, NeedleConfig):
+        values = target.config.data.source.model_dump()
+    layered = Layered()
+    layered.overlay(_Changed, {"data": {"source": {**values, "split": split}}}, str(target.path), {})
+    problems = apply_sets(layered, _Changed, sets)
+    changed, found = collect(lambda: _Changed.model_validate(layered.values), _Changed, layered, SET)
+    if problems or found:
+        raise ConfigErrors([*problems, *found])
+    task: NeedleConfig = changed.data.source
+    if not task.needle_query:
+        raise UserError(f"{target.path}: its task has no query, so nothing is asked; --set {_KEY}needle_query=true")
+    if task.vocab_size > target.vocab_size:
+        raise UserError(f"{_KEY}vocab_size {task.vocab_size}: the model knows {target.vocab_size} ids")
+    if target.max_seq_len is not None and task.seq_len + 1 > target.max_seq_len:
+        raise UserError(f"{_KEY}ctx_chunks {task.ctx_chunks}: {task.seq_len + 1} tokens are more than the "
+                        f"{target.max_seq_len} that the model takes")
+    return task
+
+
+def evaluate_needle(target: Target, request: Request, command: list[str]) -> Results:
+    """Figures on split test (or `request.split`), and with `request.controls` everything that makes them believable.
+
+    Raises UserError where the target is no causal language model or does not fit the task.
+    """
+    if target.config is not None and target.config.model.kind != "causal_lm":
+        raise UserError(f"{target.path}: task needle needs a causal language model, this is an "
+                        f"{target.config.model.kind}")
+    split = request.split or "test"
+    source = NeedleSource(needle_task(target, split, request.sets))
+    asked = _Asked(target, source, request)
+    result = needle.figures(asked.answers, source.config, prefix=split, seed=request.seed)
+    rates = needle_rates(asked.answers.predictions, source.config.eval_soft_topk, seed=request.seed)
+    metrics, details = records(result), asked.details()
+    null = asked.null_adapter()
+    must_drop: dict[str, Rate] = {}
+    if request.controls:
+        must_drop = asked.add_controls(details)
+        asked.add_references(details)
+        details["checks"] = [asdict(check) for check in asked.checks()]
+        details["distance"] = asked.distance()
+        details["perplexity"] = asked.perplexities()
+    verdict = decide(rates["needle_hit_rate"], needle.nulls(source.config), examples=len(asked.ids),
+                     shuffled=must_drop.get("shuffled_needle"), null_adapter=null)
+    details |= {"verdict": asdict(verdict), "headlines": needle.headlines(rates, source.config),
+                "findings": asked.findings(rates, result, must_drop, split)}
+    if null is not None:
+        details["controls"].insert(0, _row("null_adapter", f"trained alike without a memory: {request.null}",
+                                           "reported", null, None))
+    for row in details["controls"]:
+        metrics[f"{split}/control/{row['name']}"] = MetricRecord(value=row["value"], n=row["n"], ci=row["ci"],
+                                                                 higher_is_better=False)
+    leaks = [row["name"] for row in details["controls"] if row["expected"] == "chance" and row["passed"] is False]
+    wrong = [*leaks, *(check["name"] for check in details.get("checks", ()) if not check["passed"]),
+             *("H2" for text in details["findings"] if text.startswith("[DIAG:H2]"))]
+    return Results(task=needle.TASK, task_version=needle.VERSION, metrics=metrics, details=details,
+                   passed=False if wrong else None, failure=f"a leak: {', '.join(wrong)}" if wrong else None,
+                   batch_size=asked.batch_size, seed=request.seed,
+                   dataset={"split": split, "fingerprint": source.fingerprint, "seq_len": source.config.seq_len,
+                            "windows": len(asked.ids)}, **about(target, command))
+
+
+def _row(name: str, meaning: str, expected: str, rate: Rate, passed: bool | None, bag: float | None = None
+         ) -> dict[str, Any]:
+    return {"name": name, "meaning": meaning, "expected": expected, "value": rate.value, "hits": rate.hits,
+            "n": rate.n, "ci": rate.ci, "bag": bag, "passed": passed}
+
+
+class _Asked:
+    """One target and one set of examples."""
+
+    def __init__(self, target: Target, source: NeedleSource, request: Request) -> None:
+        self.target, self.source, self.request = target, source, request
+        self.task = source.config
+        self.batch_size = request.batch_size or DEFAULT_BATCH_SIZE
+        count = min(len(source), request.max_windows or len(source))
+        self.ids = np.arange(count, dtype=np.int64) * len(source) // count
+        self.few = self.ids[:CONTROL_EXAMPLES]
+        self.reader = _reader(target)
+        self.answers = self._ask(self.reader, source, count)
+
+    def _ask(self, reader: Reader, source: NeedleSource, count: int) -> Answers:
+        batches = eval_batches(source, rank=0, world=1, batch_size=self.batch_size, max_samples=count)
+        return Answers.of(needle.ask(reader, batches, source.config))
+
+    def details(self) -> dict[str, Any]:
+        """What every result says."""
+        task = self.task
+        return {"task": task.model_dump(mode="json"), "examples": len(self.ids), "min_distance": task.min_distance,
+                "nulls": {"top_1": asdict(needle.nulls(task)),
+                          f"top_{task.eval_soft_topk}": asdict(needle.nulls(task, task.eval_soft_topk))},
+                "hits_above_nulls": {name: hits_needed(self.answers.predictions.hits.size, p)
+                                     for name, p in asdict(needle.nulls(task)).items()},
+                "controls": [], "references": []}
+
+    def null_adapter(self) -> Rate | None:
+        """Free-running hit rate of the run that `request.null` names, on the same examples."""
+        if self.request.null is None:
+            return None
+        other = open_target(self.request.null, dtype=self.target.dtype, device=self.target.device)
+        if other.vocab_size != self.target.vocab_size:
+            raise UserError(f"{self.request.null}: has {other.vocab_size} token ids, {self.target.path} "
+                            f"{self.target.vocab_size}: it is no null of this model")
+        return Rate.of(self._free(_reader(other), self.ids).hits)
+
+    def _free(self, reader: Reader, ids: np.ndarray) -> Predictions:
+        return run_control(reader, self.source, ids, ITSELF, self.batch_size)
+
+    def add_controls(self, details: dict[str, Any]) -> dict[str, Rate]:
+        """Run every control that applies. Returns those that leave nothing to find."""
+        nulls, found = needle.nulls(self.task), {}
+        switches = getattr(self.target.model, "evaluation_controls", {})
+        for control in applicable(self.task, switches):
+            predictions = run_control(self.reader, self.source, self.few, control, self.batch_size)
+            rate = Rate.of(predictions.hits)
+            bound = {"chance": nulls.uniform, "1/L": nulls.needle_bag}.get(control.expected)
+            details["controls"].append(_row(control.name, control.meaning, control.expected, rate,
+                                            None if bound is None else at_chance(rate, bound),
+                                            float(predictions.in_bag.mean())))
+            if control.expected == "chance":
+                found[control.name] = rate
+        return found
+
+    def add_references(self, details: dict[str, Any]) -> None:
+        """The same weights with attention, without adapter, without either."""
+        for variant, other in variants(self.target):
+            rate = Rate.of(self._free(_reader(other), self.few).hits)
+            details["references"].append(_row(variant.name, variant.meaning, "reported", rate, None))
+
+    def checks(self) -> list[Check]:
+        """Causality and independence of the batch, on four examples."""
+        return [check(self.reader, self.source, self.ids[:4]) for check in (future_check, batch_check)]
+
+    def distance(self) -> list[dict[str, Any]]:
+        """Hit rate by the tokens between needle and answer, with needles anywhere in the context."""
+        anywhere = NeedleSource(self.task.model_copy(update={"placement": "uniform"}))
+        hits, distances = [], []
+        for ids in parts(self.ids, self.batch_size):
+            rows = anywhere.rows(ids)
+            distances.append(self.task.retrieval_start - 1 - (rows.start + self.task.needle_len - 1))
+            hits.append(run_control(self.reader, anywhere, ids, ITSELF, len(ids)).hits)
+        bins = by_distance(np.concatenate(hits), np.concatenate(distances), DISTANCE_BINS)
+        return [{"low": b.low, "high": b.high, "value": b.rate.value, "ci": b.rate.ci, "n": b.rate.n} for b in bins]
+
+    def perplexities(self) -> dict[str, float]:
+        """Of this model and of its references on `--data`, where that is given."""
+        if self.request.data is None:
+            return {}
+        source, _ = open_data(self.target, self.request)
+        found = {}
+        for name, model in (("this model", self.target), *((v.name, t) for v, t in variants(self.target))):
+            batches = eval_batches(source, rank=0, world=1, batch_size=self.batch_size,
+                                   max_samples=self.request.max_windows)
+            sums = perplexity.tally(model.forward, batches, model.device)
+            found[name] = perplexity.figures(sums, has_bytes=False).metrics["val/perplexity"].value
+        return found
+
+    def findings(self, rates: dict[str, Rate], result: EvalResult, must_drop: dict[str, Rate], split: str) -> list[str]:
+        """What the rules say, as lines of a log; they need the run's config."""
+        config, folder = self.target.config, self.target.run_folder
+        if config is None:
+            return []
+        step = self.target.checkpoint.step if self.target.checkpoint else 0
+        rows = read_metrics(folder) if folder is not None else []
+        loss: Metric = result.metrics[f"{split}/loss"]
+        evidence = Evidence(step, rates, needle.nulls(self.task), self.task, config, loss.value, rows, must_drop)
+        return [line(finding) for finding in findings(evidence)]
+
+
+def _reader(target: Target) -> Reader:
+    return Reader(target.forward, target.device, reads_out(target.config))

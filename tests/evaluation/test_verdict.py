@@ -1,0 +1,53 @@
+"""Each way out of the decision rule."""
+
+import numpy as np
+import pytest
+
+from evaluation.verdict import at_chance, decide
+from pretrain.metrics.needle import Nulls, Rate
+
+NULLS = Nulls.of(pool_size=31800, context_len=512, needle_len=16)
+NONE = Rate.of(np.zeros((200, 16), bool))
+
+
+def rate(value: float, examples: int = 200) -> Rate:
+    """Hits spread evenly over examples, so that the interval is narrow."""
+    hits = np.zeros((examples, 16), bool)
+    hits.ravel()[np.linspace(0, hits.size - 1, round(value * hits.size)).astype(int)] = True
+    return Rate.of(hits)
+
+
+def verdict(value: float, *, shuffled=NONE, null=NONE, examples=200):
+    return decide(rate(value, examples), NULLS, examples=examples, shuffled=shuffled, null_adapter=null)
+
+
+@pytest.mark.parametrize("value, arguments, outcome, words", [
+    (0.99, {}, "retrieval", "above every null (6.25%)"),
+    (0.99, {"shuffled": rate(0.01)}, "leak", "the old one is still given"),
+    (0.0, {"shuffled": rate(0.5)}, "leak", "no retrieval"),
+    (0.0, {}, "no retrieval", "guessing any id gives"),
+    (0.0003, {}, "no retrieval", "guessing any id gives"),
+    (0.002, {}, "no retrieval", "guessing any token of the context (0.20%)"),
+    (0.06, {}, "no retrieval", "without their order (6.25%)"),
+    (0.99, {"examples": 100}, "undecided", "100 examples are fewer than 200"),
+    (0.99, {"shuffled": None}, "undecided", "--controls"),
+    (0.99, {"null": None}, "undecided", "--null RUN"),
+    (0.30, {"null": rate(0.30)}, "no retrieval", "the null adapter, which has none")])
+def test_every_branch(value, arguments, outcome, words):
+    found = verdict(value, **arguments)
+    assert found.outcome == outcome
+    assert words in found.words
+
+
+def test_nothing_is_claimed_without_a_margin_over_the_null_adapter_s_interval():
+    """Point estimates would claim; intervals over whole needles do not."""
+    ours, null = (Rate.of(np.repeat(np.arange(200)[:, None] < whole, 16, axis=1)) for whole in (60, 56))
+    assert ours.value > null.value
+    assert decide(ours, NULLS, examples=200, shuffled=NONE, null_adapter=null).outcome == "no retrieval"
+    assert decide(ours, NULLS, examples=200, shuffled=NONE, null_adapter=rate(0.05)).outcome == "retrieval"
+
+
+def test_at_chance_asks_what_chance_alone_reaches():
+    assert at_chance(rate(2 / 3200), NULLS.uniform)
+    assert not at_chance(rate(3 / 3200), NULLS.uniform)
+    assert at_chance(rate(2 / 3200), NULLS.context_bag)
