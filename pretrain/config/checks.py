@@ -9,7 +9,7 @@ from pretrain.config import deepspeed_keys
 from pretrain.config.interval import Interval
 from pretrain.config.model import Section
 from pretrain.config.needle import NeedleConfig
-from pretrain.config.source import MixtureConfig
+from pretrain.config.source import MixtureConfig, PairsConfig, SourceConfig
 from pretrain.errors import ConfigError, ConfigErrors
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def check_run(config: RunConfig) -> None:
     """Raise ConfigErrors with every contradiction between sections."""
     found = [*_engine(config), *deepspeed_keys.problems(config.engine.deepspeed), *_data(config), *_schedule(config),
-             *_spikes(config), *_needle(config)]
+             *_spikes(config), *_needle(config), *config.model.objective_problems(config.objective)]
     if found:
         raise ConfigErrors(found)
 
@@ -46,6 +46,7 @@ def _data(config: RunConfig) -> Iterator[ConfigError]:
     limit = config.model.max_seq_len
     if limit is not None and config.data.seq_len > limit:
         yield ConfigError("data.seq_len", f"{config.data.seq_len} is above model.max_seq_len {limit}")
+    yield from _pair_lengths(config)
     total, lanes = config.batch.global_batch_size, config.data.order.lanes
     if total and total % lanes:
         yield ConfigError("data.order.lanes", f"{lanes} does not divide batch.global_batch_size {total}")
@@ -63,6 +64,20 @@ def _data(config: RunConfig) -> Iterator[ConfigError]:
             if interval.unit == "epochs":
                 yield ConfigError(key, f"{interval}: data.source.kind mixture has no epochs, its parts come round at "
                                   "different times; give it in steps, samples or tokens")
+
+
+def _pair_lengths(config: RunConfig) -> Iterator[ConfigError]:
+    """Pairs whose texts are longer than the model takes."""
+    limit, source = config.model.max_seq_len, config.data.source
+    named: list[tuple[str, SourceConfig | None]] = [("data.validation", config.data.validation)]
+    if isinstance(source, MixtureConfig):
+        named += [(f"data.source.parts.{number}.source", part.source) for number, part in enumerate(source.parts)]
+    for key, pairs in [("data.source", source), *named]:
+        if limit is None or not isinstance(pairs, PairsConfig):
+            continue
+        for name in ("query_length", "passage_length"):
+            if getattr(pairs, name) > limit:
+                yield ConfigError(f"{key}.{name}", f"{getattr(pairs, name)} is above model.max_seq_len {limit}")
 
 
 def _intervals(section: Section, prefix: str) -> Iterator[tuple[str, Interval]]:

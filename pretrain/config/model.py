@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, ClassVar, Literal
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from pretrain.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pretrain.config.objective import ObjectiveConfig
 
 LOSS_CHUNK_BYTES = 256 * 2**20
 """Logits that a language model's loss keeps alive at once; longer batches go through in chunks of this size."""
@@ -82,6 +88,10 @@ class ModelConfig(Section):
     def with_vocab_size(self, vocab_size: int) -> ModelConfig:
         """A copy for a tokenizer of another size. Families whose vocabulary is fixed override this and refuse."""
         return self.model_copy(update={"vocab_size_": vocab_size})
+
+    def objective_problems(self, objective: ObjectiveConfig) -> Iterator[ConfigError]:
+        """What of this model the objective cannot train, and the other way round. The default finds nothing."""
+        yield from ()
 
     def summary(self) -> dict[str, Any]:
         """Figures for `--dry-run` and model cards; families may add their own (claimed sizes, say)."""

@@ -25,6 +25,33 @@ class CausalLMConfig(ObjectiveConfig):
     z_loss: float = Field(0.0, ge=0, le=1, description="weight of the squared log-normaliser; 0 switches it off")
 
 
+class MaskedLMConfig(ObjectiveConfig):
+    """Cross-entropy of hidden tokens: of those chosen most are masked, some replaced by any token, some left alone.
+
+    Which ones depends on the run's seed for it and the sample's place in the order alone.
+    """
+
+    protocol: ClassVar[Literal["sum", "update"]] = "sum"
+    name: Literal["masked_lm"] = "masked_lm"
+    mask_id: int = Field(103, ge=0, lt=1 << 24, description="id of the mask token")
+    special_ids: tuple[int, ...] = Field((0, 100, 101, 102), description="ids that are never chosen and never put in "
+                                         "another's place, beside mask_id: padding and the marks around a text")
+    vocab_size: int = Field(30522, ge=2, le=1 << 24, description="tokens put in another's place are below this")
+    rate: float = Field(0.15, gt=0, lt=1, description="share of tokens that are chosen")
+    mask_share: float = Field(0.8, ge=0, le=1, description="share of the chosen that the mask token replaces")
+    random_share: float = Field(0.1, ge=0, le=1, description="share of the chosen that any token replaces")
+    seed: int = Field(0, ge=0, lt=1 << 63, description="key of the draws")
+
+    @model_validator(mode="after")
+    def _shares(self) -> MaskedLMConfig:
+        if self.mask_share + self.random_share > 1:
+            raise ConfigError("objective.random_share", f"{self.random_share} and objective.mask_share "
+                              f"{self.mask_share} are more than 1 together")
+        if len({*self.special_ids, self.mask_id} & set(range(self.vocab_size))) == self.vocab_size:
+            raise ConfigError("objective.special_ids", "leave no token to put in another's place")
+        return self
+
+
 class NeedleObjectiveConfig(ObjectiveConfig):
     """Cross-entropy of the answer, InfoNCE of the readout against the output table, and a retrieval term."""
 

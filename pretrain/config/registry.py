@@ -13,16 +13,22 @@ from pretrain.errors import ConfigError
 
 MODEL_SCHEMAS: dict[str, str] = {
     "baseline": "pretrain.models.baseline.schema:BaselineConfig",
+    "spectra": "pretrain.models.spectra.schema:SpectraConfig",
 }
 FAMILIES: dict[str, str] = {
     "baseline": "pretrain.models.baseline.family:FAMILY",
+    "spectra": "pretrain.models.spectra.family:FAMILY",
 }
 OBJECTIVE_SCHEMAS: dict[str, str] = {
     "causal_lm": "pretrain.config.objective:CausalLMConfig",
+    "contrastive": "pretrain.config.contrastive:ContrastiveConfig",
+    "masked_lm": "pretrain.config.objective:MaskedLMConfig",
     "needle": "pretrain.config.objective:NeedleObjectiveConfig",
 }
 OBJECTIVES: dict[str, str] = {
     "causal_lm": "pretrain.objectives.causal_lm:CausalLM",
+    "contrastive": "pretrain.objectives.contrastive:Contrastive",
+    "masked_lm": "pretrain.objectives.masked_lm:MaskedLM",
     "needle": "pretrain.objectives.needle:Needle",
 }
 SOURCE_SCHEMAS: dict[str, str] = {

@@ -47,6 +47,22 @@ def find_checkpoint(path: Path) -> Path | None:
     return None
 
 
+def weights_at(source: Path, key: str) -> dict[str, torch.Tensor]:
+    """Whole weights by name of an export, a checkpoint or the newest one of a run, on the CPU.
+
+    Raises UserError naming the config key where it is none of these, DataCorruption for a checkpoint that is not whole.
+    """
+    if not source.exists():
+        raise UserError(f"{key}: {source} does not exist")
+    checkpoint = find_checkpoint(source)
+    if checkpoint is not None:
+        return load_weights(checkpoint)
+    files = sorted(source.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{key}: {source} is neither a run, a checkpoint nor an export with safetensors")
+    return {name: value for file in files for name, value in load_file(file).items()}
+
+
 @torch.no_grad()
 def load_initial_weights(model: PreTrainedModel, source: Path, *, partitioned: bool) -> None:
     """Copy weights, and nothing else, from an export, a checkpoint or a run into a built model (`train.init_from`).
@@ -54,16 +70,7 @@ def load_initial_weights(model: PreTrainedModel, source: Path, *, partitioned: b
     Every parameter of the model must be there with its shape. Raises UserError naming the first that is not.
     """
     from deepspeed.runtime.zero import GatheredParameters
-    if not source.exists():
-        raise UserError(f"train.init_from: {source} does not exist")
-    checkpoint = find_checkpoint(source)
-    if checkpoint is not None:
-        weights = load_weights(checkpoint)
-    else:
-        files = sorted(source.glob("*.safetensors"))
-        if not files:
-            raise UserError(f"train.init_from: {source} is neither a run, a checkpoint nor an export with safetensors")
-        weights = {name: value for file in files for name, value in load_file(file).items()}
+    weights = weights_at(source, "train.init_from")
     tied = {id(p): name for name, p in model.named_parameters(remove_duplicate=False) if name in weights}
     for name, parameter in model.named_parameters():
         value = weights.get(tied.get(id(parameter), name))
@@ -78,4 +85,4 @@ def load_initial_weights(model: PreTrainedModel, source: Path, *, partitioned: b
     for name, buffer in model.named_buffers():
         if name in weights:
             buffer.copy_(weights[name].to(buffer.dtype))
-    _log.info("weights taken from %s", checkpoint or source)
+    _log.info("weights taken from %s", source)

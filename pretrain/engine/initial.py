@@ -1,4 +1,4 @@
-"""Whether weights from elsewhere (`train.init_from`) mean by a token id what the data mean."""
+"""Whether weights from elsewhere (`train.init_from`, say) mean by a token id what the data mean."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from data_prep.manifest import TOKENIZER, Manifest
 from pretrain.config.load import load_run_config
-from pretrain.config.source import ShardsConfig
+from pretrain.config.source import PairsConfig, ShardsConfig
 from pretrain.data.batch import SampleSource
 from pretrain.data.open import parts_of
 from pretrain.engine.consolidate import find_checkpoint
@@ -15,18 +15,18 @@ from pretrain.runfolder.layout import RunFolder
 from pretrain.runfolder.publish import hash_file
 
 
-def check_initial(init_from: Path, source: SampleSource) -> None:
+def check_initial(init_from: Path, source: SampleSource, key: str = "train.init_from") -> None:
     """Raise UserError where there is nothing at `init_from`, or its weights were trained with another tokenizer.
 
-    Where one of the two tokenizers is not known, nothing can be said.
+    `key` is the config key that names it. Where one of the two tokenizers is not known, nothing can be said.
     """
     if not init_from.exists():
-        raise UserError(f"train.init_from: {init_from} does not exist")
+        raise UserError(f"{key}: {init_from} does not exist")
     theirs = trained_tokenizer(init_from)
-    for part, key in zip(*parts_of(source, "data.source"), strict=True):
+    for part, part_key in zip(*parts_of(source, "data.source"), strict=True):
         ours = getattr(part, "tokenizer_sha256", None)
         if theirs and ours and theirs != ours:
-            raise UserError(f"train.init_from: {init_from} was trained with another tokenizer than that of {key} "
+            raise UserError(f"{key}: {init_from} was trained with another tokenizer than that of {part_key} "
                             f"(SHA-256 {theirs[:12]} and {ours[:12]}); prepare the data with its tokenizer.json "
                             "(tokenizer.path)")
 
@@ -40,6 +40,8 @@ def trained_tokenizer(weights: Path) -> str | None:
         return None
     try:
         source = load_run_config(RunFolder(checkpoint.parent.parent).config_file).config.data.source
-        return Manifest.read(Path(source.path)).tokenizer_sha256 if isinstance(source, ShardsConfig) else None
+        if not isinstance(source, ShardsConfig | PairsConfig):
+            return None
+        return Manifest.read(Path(source.path)).tokenizer_sha256
     except PretrainError:  # a checkpoint that was moved away from its run, or a run from its data
         return None

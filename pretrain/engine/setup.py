@@ -106,7 +106,7 @@ def prepare(loaded: LoadedConfig, world: World, claim: Claim, evaluators: Sequen
     if claim.resume is None:
         if config.train.init_from:
             load_initial_weights(model, Path(config.train.init_from), partitioned=keepalive is not None)
-        hooks.before_engine(FamilyStartContext(model, world, keepalive is not None, data.samples))
+        hooks.before_engine(FamilyStartContext(model, world, keepalive is not None, data))
     engine = build_engine(config, family, batch, precision, world, model, ds_config, keepalive)
     snapshot = checkpoint.load(engine, claim.resume, config.seed) if claim.resume is not None else None
     world.on_main(lambda: take_over(loaded, claim, engine, lengths.total))

@@ -215,8 +215,8 @@ class Trainer:
             update = run_sum_update(self.engine, self.objective, loaded.micro_batches, totals, controls,
                                     step=self.state.step, lr=rate, clock=clock, judge=judge)
         else:
-            update = run_full_update(self.engine, self.objective, loaded.micro_batches, controls, lr=rate, clock=clock,
-                                     judge=judge)
+            update = run_full_update(self.engine, self.objective, loaded.micro_batches, controls, step=self.state.step,
+                                     total_steps=self.total_steps, lr=rate, clock=clock, judge=judge)
         if self._accept(loaded, update):
             self.reporter.add(update, rate, self.state.step, self._tokens_per_step)
             self._due(before, self.progress)

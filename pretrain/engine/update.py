@@ -110,7 +110,10 @@ def _accumulate(into: Sums, more: Mapping[str, tuple[torch.Tensor, torch.Tensor]
 class EngineHandle:
     """The engine as an update objective sees it (`UpdateHandle`)."""
 
-    def __init__(self, engine: Engine, controls: Mapping[str, float], clock: TimeShares) -> None:
+    def __init__(self, engine: Engine, controls: Mapping[str, float], clock: TimeShares, *, step: int,
+                 total_steps: int) -> None:
+        self.step = step
+        self.total_steps = total_steps
         self._engine = engine
         self._controls = controls
         self._clock = clock
@@ -166,13 +169,13 @@ class EngineHandle:
 
 
 def run_full_update(engine: Engine, objective: UpdateObjective, micro_batches: Sequence[Batch],
-                    controls: Mapping[str, float], *, lr: float, clock: TimeShares,
+                    controls: Mapping[str, float], *, step: int, total_steps: int, lr: float, clock: TimeShares,
                     judge: Callable[[float], Alarm | None] | None = None) -> Update:
-    """One update of an objective that drives forward and backward itself.
+    """One update, after `step` applied ones of `total_steps`, of an objective that drives forward and backward itself.
 
     `judge` gets its loss once it is over: only going back to a checkpoint can then undo it.
     """
-    handle = EngineHandle(engine, controls, clock)
+    handle = EngineHandle(engine, controls, clock, step=step, total_steps=total_steps)
     result = objective.run(handle, micro_batches, controls)
     if result.finite and not handle.closed:
         raise RuntimeError("the update objective ended without a backward marked last")

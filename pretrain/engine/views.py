@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,8 +12,11 @@ from transformers import PreTrainedModel
 
 from pretrain.config.run import RunConfig
 from pretrain.data.batch import Batch
+from pretrain.data.open import TrainingData
 from pretrain.engine.build import Engine
+from pretrain.engine.consolidate import weights_at
 from pretrain.engine.distributed import World
+from pretrain.engine.initial import check_initial
 
 
 class TrainingView:
@@ -41,18 +45,26 @@ class TrainingView:
 class FamilyStartContext:
     """`EngineStartContext`: before DeepSpeed takes the model."""
 
-    def __init__(self, model: PreTrainedModel, world: World, partitioned: bool,
-                 samples: Callable[[int], Batch]) -> None:
+    def __init__(self, model: PreTrainedModel, world: World, partitioned: bool, data: TrainingData) -> None:
         self.model = model
         self.rank = world.rank
         self.world_size = world.size
         self.device = world.device
+        self._world = world
         self._partitioned = partitioned
-        self._samples = samples
+        self._data = data
 
     def train_samples(self, n: int) -> Batch:
         """The first `n` training samples of the global order; the cursor does not move."""
-        return self._samples(n)
+        return self._data.samples(n)
+
+    def weights(self, source: Path, key: str) -> dict[str, torch.Tensor]:
+        """Whole weights by name of a run, a checkpoint or an export, on the CPU. Collective.
+
+        Raises UserError naming the config key where there are none, or of another tokenizer than the data's.
+        """
+        self._world.all_or_none(lambda: check_initial(source, self._data.source, key))
+        return self._world.all_or_none(lambda: weights_at(source, key))
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over ranks, in place."""

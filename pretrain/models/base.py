@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -87,6 +88,12 @@ class EngineStartContext(Protocol):
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over ranks, in place."""
+
+    def weights(self, source: Path, key: str) -> dict[str, torch.Tensor]:
+        """Whole weights by name of a run, a checkpoint or an export, on the CPU of every rank.
+
+        Raises UserError naming the config key where there are none, or of another tokenizer than the data's.
+        """
 
     def full_parameter(self, name: str, write: torch.Tensor | None = None) -> torch.Tensor:
         """The whole parameter on every rank; with `write`, set it on every rank first."""

@@ -64,6 +64,10 @@ class UpdateHandle(Protocol):
 
     rank: int
     world: int
+    step: int
+    """Updates applied so far; a skipped one does not count."""
+    total_steps: int
+    """Updates of the whole run."""
 
     def forward(self, batch: Batch, *, grad: bool, rng: Any | None = None) -> Any:
         """The model's output; `rng` replays the random state that an earlier forward returned through `rng_state`."""
