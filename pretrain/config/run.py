@@ -129,6 +129,7 @@ class EvalConfig(Section):
     """Validation during training. Selection is on validation; test is only ever reported."""
 
     every: Interval | None = Field(Interval(500, "steps"), description="null: only at the end")
+    at_start: bool = Field(False, description="also before the first step: what training begins with")
     max_batches: int | None = Field(None, ge=1, description="global batches an evaluation; null: the whole split")
     metric: str = Field("val/loss", description="metric that selects the best checkpoint")
     samples: int = Field(0, ge=0, le=64, description="texts generated at each evaluation (causal LMs)")

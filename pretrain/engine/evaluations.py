@@ -45,10 +45,11 @@ class Evaluations:
     done: dict[str, int] = field(default_factory=dict)
     """Step of the last evaluation by evaluator."""
 
-    def run(self, evaluators: Sequence[Evaluator], state: RunState, progress: Progress, *, whole: bool) -> bool:
+    def run(self, evaluators: Sequence[Evaluator], state: RunState, progress: Progress, *, whole: bool,
+            select: bool = True) -> bool:
         """Run `evaluators` (the `whole` list, or those that are due). True where the run's metric improved. Collective.
 
-        Where a request to stop comes in between, none of their results counts: they are `owed` by the state.
+        Without `select` figures are only written: nothing is drawn from them. Where a request to stop comes in between, none of their results counts: they are `owed` by the state.
         """
         controls = self.hooks.controls(state.step)
         results: dict[str, Metric] = {}
@@ -76,7 +77,7 @@ class Evaluations:
                                 f"{', '.join(sorted(results))}")
             error.agreed = True  # results are equal on all ranks
             raise error
-        return self._judge(results, state)
+        return select and self._judge(results, state)
 
     def _judge(self, results: dict[str, Metric], state: RunState) -> bool:
         """Select, cut the rate on a plateau, stop early."""

@@ -202,7 +202,7 @@ def _assemble(config: RunConfig, batch: ResolvedBatch, world: World, claim: Clai
 
     def diagnose(row: Mapping[str, float]) -> None:
         for finding in family.diagnostics(engine.model, row):
-            _log.warning("[DIAG] %s: %s; %s", finding.rule, finding.message, finding.remedy)
+            _log.warning("[DIAG:%s] %s | %s", finding.rule, finding.message, finding.remedy)
 
     reporter = Reporter(world, claim.folder, TimeShares(),
                         Throughput(total_steps=steps, flops_per_token=config.model.flops_per_token(config.data.seq_len),

@@ -109,6 +109,9 @@ class Trainer:
             return ExitCode.DONE
         if owed and self.state.step < self.total_steps and self._evaluate(owed) and self.config.checkpoint.keep_best:
             self._save(best=True)
+        if self.config.eval.at_start and self.state.k == 0 and self.evaluators:
+            # No checkpoint could hold these weights yet, so they are not compared with later ones.
+            self.evaluations.run(self.evaluators, self.state, self.progress, whole=True, select=False)
         while not self._complete:
             if self.step():
                 return ExitCode.STOPPED
