@@ -156,6 +156,6 @@ class Family:
     hooks: Callable[[RunConfig], Hooks] = no_hooks
     diagnostics: Callable[[PreTrainedModel, Mapping[str, float]], list[Diagnosis]] = no_diagnostics
     csv_columns: Sequence[str] = ()
-    """Leading columns of metrics.csv, in this order."""
+    """Leading columns of metrics.csv, in this order; `name=key` shows the metric `key` under another name."""
     export: Callable[[PreTrainedModel], PreTrainedModel] | None = None
     """The model to export in place of ours, where transformers has the architecture natively."""

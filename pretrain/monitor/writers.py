@@ -1,22 +1,20 @@
-"""Where metrics go: `metrics.jsonl` (the record), `metrics.csv` (a view of it), TensorBoard, Weights & Biases."""
+"""Where metrics go: `metrics.jsonl` (the record), tables (views of it), TensorBoard, Weights & Biases."""
 
 from __future__ import annotations
 
-import csv
-import io
 import logging
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pretrain.errors import UserError
+from pretrain.monitor.csv_views import CsvView, LongView, WideView
 from pretrain.monitor.rows import REWIND, Row, Value, encode, read_metrics
 from pretrain.monitor.wandb_run import WandbOptions, WandbRun
 from pretrain.runfolder.holder import Holder
 from pretrain.runfolder.layout import RunFolder
-from pretrain.runfolder.publish import write_text_atomic
 
 __all__ = ["MetricsWriter", "Row", "Value", "WandbOptions", "read_metrics"]
 log = logging.getLogger(__name__)
@@ -27,11 +25,16 @@ class MetricsWriter:
 
     def __init__(self, folder: RunFolder, csv_columns: Sequence[str], tensorboard: bool, wandb: WandbOptions | None,
                  fence: int) -> None:
-        """Open the files to go on with them. `csv_columns` lead the table. Raises UserError where that fails."""
+        """Open the files to go on with them. Raises UserError where that fails.
+
+        `csv_columns` lead the table (see `WideView`); where there are any, the long table is written too.
+        """
         self._fence = fence
         try:
             self._jsonl = _JsonLines(folder.metrics_jsonl)
-            self._csv = _CsvView(folder, csv_columns)
+            self._tables: list[CsvView] = [WideView(folder, csv_columns)]
+            if csv_columns:
+                self._tables.append(LongView(folder, csv_columns))
             self._tensorboard = _TensorBoard(folder, fence) if tensorboard else None
         except OSError as error:
             raise UserError(f"{folder.root}: metrics cannot be written ({error.strerror}: {error.filename})") from error
@@ -44,7 +47,8 @@ class MetricsWriter:
         written of later ones no longer counts.
         """
         self._jsonl.write(encode(row, self._fence))
-        self._csv.write(row)
+        for table in self._tables:
+            table.write(row)
         if self._tensorboard is not None:
             self._tensorboard.write(row)
         if self._wandb is not None:
@@ -57,7 +61,8 @@ class MetricsWriter:
     def close(self) -> None:
         """Flush and close."""
         self._jsonl.close()
-        self._csv.close()
+        for table in self._tables:
+            table.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:
@@ -86,53 +91,6 @@ class _JsonLines:
 
     def close(self) -> None:
         os.close(self._file)
-
-
-class _CsvView:
-    """`metrics.csv`: the rows that count as a table, made anew from the record at each start.
-
-    The declared columns lead, the others follow in the order in which they first appeared. A row with a new column
-    rewrites the table with that column at the end, so that rows and header always agree; old rows have an empty cell.
-    """
-
-    def __init__(self, folder: RunFolder, leading: Sequence[str]) -> None:
-        self._folder = folder
-        self._columns = list(leading)
-        self._known: set[str] = set(leading)
-        self._file = self._rebuild()
-
-    def write(self, row: Mapping[str, Value]) -> None:
-        """Append `row`, which the record has already."""
-        try:
-            if not self._known.issuperset(row) or row.get(REWIND) is not None:
-                self._file.close()
-                self._file = self._rebuild()
-            else:
-                self._file.write(self._line(row))
-                self._file.flush()
-        except OSError as error:
-            log.warning("%s: a row was not written (%s)", self._folder.metrics_csv, error.strerror)
-
-    def close(self) -> None:
-        self._file.close()
-
-    def _rebuild(self) -> io.TextIOWrapper:
-        rows = read_metrics(self._folder)
-        for row in rows:
-            self._columns += [key for key in row if key not in self._known and key != "fence"]
-            self._known.update(row)
-        text = self._cells(self._columns) if self._columns else ""
-        write_text_atomic(self._folder.metrics_csv, text + "".join(map(self._line, rows)))
-        return open(self._folder.metrics_csv, "a", encoding="utf-8", newline="")
-
-    def _line(self, row: Mapping[str, Value]) -> str:
-        return self._cells(row.get(column) for column in self._columns)
-
-    @staticmethod
-    def _cells(values: Iterable[Value]) -> str:
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerow(["" if value is None else value for value in values])
-        return text.getvalue()
 
 
 class _TensorBoard:

@@ -147,6 +147,11 @@ class RunFolder:
         return self.root / "metrics.csv"
 
     @property
+    def metrics_long_csv(self) -> Path:
+        """The same with one value a line, for families that declare columns."""
+        return self.root / "metrics_long.csv"
+
+    @property
     def tensorboard_dir(self) -> Path:
         """TensorBoard event files."""
         return self.root / "tensorboard"

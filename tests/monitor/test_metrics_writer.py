@@ -222,3 +222,18 @@ def test_wandb_keeps_its_run_over_restarts_and_never_stops_ours(tmp_path, monkey
     monkeypatch.setattr(fake, "init", lambda **options: os.stat("/nonexistent"))
     MetricsWriter(folder, (), False, OPTIONS, fence).close()
     assert "cannot start" in caplog.text
+
+
+def test_declared_columns_may_have_other_names_and_bring_the_long_table(tmp_path):
+    folder, fence = started(tmp_path)
+    columns = ("step", "train_loss=loss", "val_loss=val/loss", "empty")
+    write(folder, fence, {"step": 10, "loss": 2.5, "lr": 0.1, "text": None}, {"step": 20, "val/loss": 3.0},
+          columns=columns)
+    assert folder.metrics_csv.read_text() == ("step,train_loss,val_loss,empty,lr,text\n10,2.5,,,0.1,\n20,,3.0,,,\n")
+    long = "step,name,value\n10,train_loss,2.5\n10,lr,0.1\n20,val_loss,3.0\n"
+    assert folder.metrics_long_csv.read_text() == long
+    write(folder, fence, {"step": 30, "loss": 1.0}, columns=columns)
+    assert folder.metrics_long_csv.read_text() == long + "30,train_loss,1.0\n"
+    other, fence = started(tmp_path / "plain")
+    write(other, fence, {"step": 1}, columns=())
+    assert not other.metrics_long_csv.exists()
