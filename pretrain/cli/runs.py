@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,11 +34,14 @@ def ls(directory: Annotated[Path, typer.Argument(help="folder of run folders, or
         return
     from rich.console import Console
     from rich.table import Table
-    table = Table("run", "state", "step", "loss", "tokens/s", "age", "size", box=None, pad_edge=False)
+    branches = ["branch of"] if any(row["branch"] for row in rows) else []
+    table = Table("run", "state", "step", "loss", "tokens/s", "age", "size", *branches, box=None, pad_edge=False)
     for row in rows:
         total = f"/{row['total_steps']}" if row["total_steps"] else ""
-        table.add_row(row["name"], row["state"], f"{row['step']}{total}", _number(row["loss"], ".4f"),
-                      _number(row["tokens_per_second"], ",.0f"), _age(row["age_seconds"]), _size(row["bytes"]))
+        went_back = f", {row['rewinds']} x back" if row["rewinds"] else ""
+        table.add_row(row["name"], row["state"] + went_back, f"{row['step']}{total}", _number(row["loss"], ".4f"),
+                      _number(row["tokens_per_second"], ",.0f"), _age(row["age_seconds"]), _size(row["bytes"]),
+                      *(_origin(row["branch"]) for _ in branches))
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)  # in a pipe rich would cut at 80
@@ -53,18 +57,23 @@ def _run_folders(directory: Path) -> list[Path]:
 
 def _describe(path: Path) -> dict[str, Any]:
     from pretrain.monitor.rows import last_row
+    from pretrain.runfolder.branch import Lineage
     from pretrain.runfolder.layout import RunFolder
     from pretrain.runfolder.lease import live_holder
     from pretrain.runfolder.status import Status
     folder = RunFolder.open(path)
     files = [file.stat() for file in path.rglob("*") if file.is_file() and not file.is_symlink()]
     row: dict[str, Any] = {"name": path.name, "state": "unknown", "step": 0, "total_steps": None, "loss": None,
-                           "tokens_per_second": None, "bytes": sum(file.st_size for file in files)}
+                           "tokens_per_second": None, "rewinds": 0, "branch": None,
+                           "bytes": sum(file.st_size for file in files)}
     updated = max((file.st_mtime for file in files), default=path.stat().st_mtime)
     try:
-        status, holder = Status.read(folder), live_holder(folder)
+        status, holder, lineage = Status.read(folder), live_holder(folder), Lineage.read(folder)
+        if lineage is not None:
+            row["branch"] = asdict(lineage)
         if status is not None:
-            row |= {"state": status.state, "step": status.step, "total_steps": status.total_steps}
+            row |= {"state": status.state, "step": status.step, "total_steps": status.total_steps,
+                    "rewinds": status.rewinds}
             updated = status.updated
         if holder is None and row["state"] in ("running", "unknown"):
             row["state"] = "dead" if status is not None else "empty"
@@ -78,6 +87,10 @@ def _describe(path: Path) -> dict[str, Any]:
         row["state"] = f"unreadable: {error}"
     row["age_seconds"] = max(0.0, time.time() - updated)
     return row
+
+
+def _origin(branch: dict[str, Any] | None) -> str:
+    return "" if branch is None else f"{Path(branch['parent']).name} at step {branch['step']}"
 
 
 def _number(value: float | None, shape: str) -> str:

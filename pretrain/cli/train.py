@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,6 +14,7 @@ import typer
 from pretrain.cli.options import ConfigArgument, LogLevel, LogLevelOption, PresetOption, SetOption, load_config
 from pretrain.config.load import LoadedConfig
 from pretrain.config.run import RunConfig
+from pretrain.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
     from pretrain.engine.evaluator import Evaluator
@@ -19,6 +22,10 @@ if TYPE_CHECKING:
 
 def train(config: ConfigArgument = None, preset: PresetOption = None, *, sets: SetOption,
           nproc: Annotated[int | None, typer.Option(min=1, help="Processes on this machine (launch.nproc).")] = None,
+          branch: Annotated[str | None, typer.Option("--branch", metavar="NAME", show_default=False, help="Train run "
+                            "NAME, which begins at a checkpoint of the config's run, or go on with it.")] = None,
+          from_step: Annotated[str | None, typer.Option("--from-step", metavar="N", show_default=False, help="With "
+                               "--branch: step to begin at, or best-METRIC; default: the newest checkpoint.")] = None,
           dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would run, and touch nothing.")] = False,
           log_level: LogLevelOption = LogLevel.INFO) -> None:
     """Train, or go on with, the run that a config describes.
@@ -35,6 +42,11 @@ def train(config: ConfigArgument = None, preset: PresetOption = None, *, sets: S
     own = rank_environment(os.environ) if not dry_run else None
     signals = StopSignals.installed(is_main=own.rank == 0) if own is not None else None
     loaded = load_config(config, preset, sets)
+    parent = loaded.config.name
+    if branch is not None:
+        loaded = _as_branch(load_config(config, preset, [*sets, f"name={json.dumps(branch)}"]))
+    elif from_step is not None:
+        raise UserError("--from-step belongs to --branch NAME; a run itself goes on from its newest checkpoint")
     settings = loaded.config.launch
     if dry_run:
         from pretrain.cli.dry_run import dry_run as show
@@ -46,8 +58,17 @@ def train(config: ConfigArgument = None, preset: PresetOption = None, *, sets: S
         raise typer.Exit(launch(command, settings.nproc, port=settings.port, threads=settings.threads))
     if log_level is not LogLevel.DEBUG:  # read when torch is imported: where a rank dies, the others print C++ frames
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from pretrain.engine.claim import BranchRequest
     from pretrain.engine.run import run_rank
-    run_rank(loaded, own, signals, evaluators, log_level=log_level.value, after=report)
+    run_rank(loaded, own, signals, evaluators, log_level=log_level.value, after=report,
+             branch=BranchRequest(parent, from_step) if branch is not None else None)
+
+
+def _as_branch(loaded: LoadedConfig) -> LoadedConfig:
+    """The config of a branch, with the origin of its name. Raises ConfigError where it would start afresh."""
+    if loaded.config.train.resume == "never":
+        raise ConfigError("train.resume", "never starts afresh, but --branch goes on from a checkpoint; leave one out")
+    return replace(loaded, origins={**loaded.origins, "name": "--branch"})
 
 
 def evaluators(config: RunConfig) -> Sequence[Evaluator]:

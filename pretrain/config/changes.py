@@ -36,7 +36,7 @@ class Rule:
 
 
 MODEL = Rule("fixed", "another model")
-ORDER = Rule("fixed", "other data, order or batch size", "the data begin again with their first batch")
+ORDER = Rule("fixed", "other data, order or batch size", "the data begin with their first batch; where only the batch size changes, after those seen")
 MASKING = Rule("fixed", "documents seen otherwise", "documents are seen otherwise from here on")
 OBJECTIVE = Rule("fixed", "another objective", "losses before and after are of another kind")
 TERMS = Rule("told", "losses before and after weigh other things")
@@ -70,7 +70,7 @@ _KEYS: tuple[tuple[Rule, tuple[str, ...]], ...] = (
 )
 TABLE: dict[str, Rule] = {key: rule for rule, keys in _KEYS for key in keys}
 """Rules by key; one of a section holds for all of it."""
-REOPENS = ("train.patience", "train.target_perplexity")
+REOPENS = frozenset({"train.patience", "train.target_perplexity"})
 """Changes after which a run that has ended early is not taken for finished."""
 _CURE = "set it back, or branch off: `pretrain train CONFIG --branch NAME`"
 _MODEL_CURE = "set it back, give the run another name, or start it with train.init_from"

@@ -65,10 +65,15 @@ def open_training(config: RunConfig, batch: ResolvedBatch) -> TrainingData:
         check_tokens(part, key, config, like=parts[0], like_key=keys[0])
     order = GlobalOrder([_size(part) for part in parts], global_batch_size=batch.global_batch_size, seed=config.seed,
                         order=config.data.order, weights=weights, period=period)
-    fingerprint = hashlib.sha256(canonical_json({
-        "source": source.fingerprint, "order": config.data.order.model_dump(mode="json"), "seed": config.seed,
-        "global_batch_size": batch.global_batch_size})).hexdigest()
+    fingerprint = order_fingerprint(source, config, batch.global_batch_size)
     return TrainingData(source, order, fingerprint, order.epoch_samples)
+
+
+def order_fingerprint(source: SampleSource, config: RunConfig, global_batch_size: int) -> str:
+    """SHA-256 over everything that decides what batch k is."""
+    return hashlib.sha256(canonical_json({
+        "source": source.fingerprint, "order": config.data.order.model_dump(mode="json"), "seed": config.seed,
+        "global_batch_size": global_batch_size})).hexdigest()
 
 
 def parts_of(source: SampleSource, key: str) -> tuple[list[SampleSource], list[str]]:

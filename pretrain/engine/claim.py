@@ -13,11 +13,13 @@ from pretrain.config import changes as rules
 from pretrain.config.changes import Change
 from pretrain.config.load import LoadedConfig, diff_configs, dump_yaml, load_run_config
 from pretrain.config.run import RunConfig
+from pretrain.data.open import TrainingData, order_fingerprint
 from pretrain.engine import checkpoint, readback
 from pretrain.engine.build import Engine
 from pretrain.engine.distributed import World
 from pretrain.errors import DataCorruption, PretrainError, UserError
 from pretrain.monitor.environment import describe_environment
+from pretrain.runfolder.branch import Lineage, branch_off
 from pretrain.runfolder.holder import SlurmJob
 from pretrain.runfolder.layout import CheckpointRef, RunFolder
 from pretrain.runfolder.lease import Lease
@@ -30,6 +32,16 @@ _UNSEEN = "other content of the dataset, or another number of ranks where batch.
 _log = logging.getLogger("pretrain")
 
 
+@dataclass(frozen=True, slots=True)
+class BranchRequest:
+    """The run to be started is a branch of another one."""
+
+    parent: str
+    """Name of that run."""
+    at: str | None
+    """Step or pointer to branch off at; None: the newest whole checkpoint."""
+
+
 @dataclass
 class Claim:
     """What a process holds of its run folder."""
@@ -39,13 +51,20 @@ class Claim:
     """Rank 0's."""
     resume: CheckpointRef | None
     changes: Sequence[Change]
-    """Where a run that goes on has another config than at its last start."""
+    """Where a run that goes on has another config than at its last start, or a branch that begins than its parent."""
     status: Status | None
     """Rank 0's."""
+    lineage: Lineage | None = None
+    """Of a branch."""
+
+    @property
+    def begins_branch(self) -> bool:
+        """Whether this start begins a branch: what it goes on from is its parent's work, not yet its own."""
+        return self.resume is not None and self.lineage is not None and self.lineage.is_at(self.resume)
 
 
-def claim_run(loaded: LoadedConfig, world: World) -> Claim:
-    """Take the lease and choose the checkpoint to go on from. Collective.
+def claim_run(loaded: LoadedConfig, world: World, branch: BranchRequest | None = None) -> Claim:
+    """Take the lease and choose the checkpoint to go on from; a branch that is not there yet is made. Collective.
 
     What an earlier start left stays as it is until `take_over`. The checkpoint is the newest whose files are what its
     manifest says. Raises UserError where another process holds the run or the folder cannot be written to,
@@ -55,9 +74,12 @@ def claim_run(loaded: LoadedConfig, world: World) -> Claim:
     lease: Lease | None = None
     status: Status | None = None
 
-    def claim() -> tuple[CheckpointRef | None, list[Change]]:
+    def claim() -> tuple[CheckpointRef | None, list[Change], Lineage | None]:
         nonlocal lease, status
+        if branch is not None:
+            branch_off(root.with_name(branch.parent), root, branch.at)
         folder = RunFolder.create(root)
+        lineage = Lineage.read(folder)
         before = Status.read(folder)
         lease = Lease.acquire(folder, slurm=SlurmJob.from_environment(os.environ))
         folder.clean_temporaries(lease.fence)
@@ -75,10 +97,13 @@ def claim_run(loaded: LoadedConfig, world: World) -> Claim:
         if resume is not None:
             status = replace(status, step=resume.step, k=before.k if before else 0)
         status = status.write(folder)
-        return resume, _changes(folder, loaded) if resume else []
+        if resume is None:
+            return None, [], lineage
+        begins = lineage is not None and lineage.is_at(resume)
+        return resume, _changes(folder.parent_config_file if begins else folder.config_file, loaded), lineage
 
-    resume, changes = world.on_main(claim)
-    return Claim(RunFolder(root), lease, resume, changes, status)
+    resume, changes, lineage = world.on_main(claim)
+    return Claim(RunFolder(root), lease, resume, changes, status, lineage)
 
 
 def take_over(loaded: LoadedConfig, claim: Claim, engine: Engine, total_steps: int) -> None:
@@ -105,9 +130,9 @@ def _describe(folder: RunFolder, loaded: LoadedConfig) -> None:
     write_json_atomic(folder.environment_file, describe_environment())
 
 
-def _changes(folder: RunFolder, loaded: LoadedConfig) -> list[Change]:
+def _changes(before: Path, loaded: LoadedConfig) -> list[Change]:
     try:
-        return diff_configs(load_run_config(folder.config_file), loaded)
+        return diff_configs(load_run_config(before), loaded)
     except PretrainError as error:
         _log.warning("%s; what has changed since the last start cannot be told", error)
         return []
@@ -121,22 +146,43 @@ def check_changes(claim: Claim, config: RunConfig) -> None:
     """
     if claim.resume is None:
         return
-    refused = rules.refused(claim.changes, config)
+    refused = rules.refused(claim.changes, config, branch=claim.begins_branch)
     if refused:
         raise UserError(f"{claim.resume.path}: {rules.refusal(refused)}")
-    if claim.lease is not None and claim.changes:
-        _log.info("changed since the last start: %s", rules.told(claim.changes))
-        for line in rules.consequences(claim.changes, config):
-            _log.warning("%s", line)
-
-
-def check_data(claim: Claim, config: RunConfig, fingerprint: str) -> None:
-    """Raise UserError where the checkpoint was trained on other data than the config's, whose fingerprint is given.
-
-    What decides a batch is not all in the config: files change, and defaults depend on the number of ranks.
-    """
-    if claim.resume is None or checkpoint.stored(claim.resume)["data_fingerprint"] == fingerprint:
+    if claim.lease is None:
         return
+    if claim.lineage is not None:
+        _log.info("a branch of %s, begun at step %d", claim.lineage.parent, claim.lineage.step)
+    if claim.changes:
+        _log.info("changed since the last start: %s", rules.told(claim.changes))
+    for line in rules.consequences(claim.changes, config, branch=claim.begins_branch):
+        _log.warning("%s", line)
+
+
+def check_data(claim: Claim, config: RunConfig, data: TrainingData) -> int | None:
+    """The batch from which to go on: that of the checkpoint; None without one.
+
+    What decides a batch is not all in the config: files change, and defaults depend on the number of ranks. Raises
+    UserError where the checkpoint was trained on other data. A branch may begin on other data: then with their first
+    batch, and where only the batch size is another, right after the samples that its parent has seen.
+    """
+    if claim.resume is None:
+        return None
+    stored = checkpoint.stored(claim.resume)
+    k = int(stored["state"]["k"])
+    if stored["data_fingerprint"] == data.fingerprint:
+        return k
     order = [change for change in claim.changes if rules.rule_of(change[0], config) is rules.ORDER]
-    raise UserError(f"{claim.resume.path}: the config is of {rules.ORDER.says} ({rules.told(order) or _UNSEEN}); "
-                    f"{rules.cure_of(rules.ORDER)}")
+    if not claim.begins_branch:
+        raise UserError(f"{claim.resume.path}: the config is of {rules.ORDER.says} ({rules.told(order) or _UNSEEN}); "
+                        f"{rules.cure_of(rules.ORDER)}")
+    old = next((before for key, before, _ in order if key == "batch.global_batch_size" and before), None)
+    if old is not None and order_fingerprint(data.source, config, old) == stored["data_fingerprint"]:
+        new = data.order.global_batch_size
+        if claim.lease is not None:
+            _log.warning("batch size: %d samples in the parent, %d here; the order goes on after sample %d", old, new,
+                         k * old - 1)
+        return -(-k * old // new)
+    if claim.lease is not None:
+        _log.warning("the branch begins on other data (%s): with their first batch", rules.told(order) or _UNSEEN)
+    return 0

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from pretrain.config.load import LoadedConfig
 from pretrain.config.run import RunConfig
-from pretrain.engine.claim import Claim, claim_run
+from pretrain.engine.claim import BranchRequest, Claim, claim_run
 from pretrain.engine.distributed import Failure, World, join, shutdown
 from pretrain.engine.evaluator import Evaluator
 from pretrain.engine.preflight import rank_table
@@ -41,7 +41,7 @@ _log = logging.getLogger("pretrain")
 
 
 def run_rank(loaded: LoadedConfig, own: RankEnvironment, signals: StopSignals, make_evaluators: EvaluatorFactory, *,
-             log_level: str = "info", after: AfterRun | None = None) -> NoReturn:
+             log_level: str = "info", branch: BranchRequest | None = None, after: AfterRun | None = None) -> NoReturn:
     """Train as one rank and leave the process. `after` runs on rank 0 once a run is done (reports, say)."""
     world: World | None = None
     claim: Claim | None = None
@@ -68,7 +68,7 @@ def run_rank(loaded: LoadedConfig, own: RankEnvironment, signals: StopSignals, m
             settings.timeout, settings.hang_timeout + _AFTER_HANG_S) if settings.hang_timeout else None)
         if world.is_main:
             forget_meeting(meeting)
-        claim = claim_run(loaded, world)
+        claim = claim_run(loaded, world, branch)
         console = setup_logging(log_level, claim.folder.log_file, world.rank)
         if world.is_main and world.size > 1:
             for line in rank_table(world.peers):

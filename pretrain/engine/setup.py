@@ -94,7 +94,7 @@ def prepare(loaded: LoadedConfig, world: World, claim: Claim, evaluators: Sequen
     if "fp32" in world.gather_objects(precision):  # ranks on unequal hardware
         precision = "fp32"
     data = open_data(config, batch, world)
-    world.all_or_none(lambda: check_data(claim, config, data.fingerprint))
+    start_k = world.all_or_none(lambda: check_data(claim, config, data))
     lengths = world.all_or_none(lambda: Lengths.of(config, batch, data.epoch_samples))
     if config.train.init_from and claim.resume is None:
         world.all_or_none(lambda: check_initial(Path(str(config.train.init_from)), data.source))
@@ -111,7 +111,7 @@ def prepare(loaded: LoadedConfig, world: World, claim: Claim, evaluators: Sequen
     snapshot = checkpoint.load(engine, claim.resume, config.seed) if claim.resume is not None else None
     world.on_main(lambda: take_over(loaded, claim, engine, lengths.total))
     trainer = _assemble(config, batch, world, claim, engine, family, data, hooks, evaluators, console, lengths, signals,
-                        start_k=int(snapshot.state["k"]) if snapshot is not None else 0)
+                        start_k=start_k or 0)
     if world.is_main:
         _log.info("%s: %s with %s parameters, %d ranks, ZeRO stage %d, %s; batch of %d samples = %d x %d x %d ranks; "
                   "%d steps, %s tokens", claim.folder.root, family.name, f"{config.model.parameter_count().total:,}",
@@ -119,7 +119,7 @@ def prepare(loaded: LoadedConfig, world: World, claim: Claim, evaluators: Sequen
                   batch.gradient_accumulation_steps, batch.data_parallel_size, lengths.total,
                   f"{lengths.total * batch.global_batch_size * config.data.seq_len:,}")
     if snapshot is not None:
-        _resume(trainer, snapshot, claim)
+        _resume(trainer, snapshot, claim, start_k or 0)
     return trainer
 
 
@@ -227,15 +227,22 @@ def _mirror(config: RunConfig, claim: Claim, world: World) -> Mirror | None:
     return Mirror(claim.folder, wanted) if wanted is not None and world.is_main else None
 
 
-def _resume(trainer: Trainer, snapshot: Snapshot, claim: Claim) -> None:
-    """Everything beside weights, moments and the loader, which are there already."""
+def _resume(trainer: Trainer, snapshot: Snapshot, claim: Claim, start_k: int) -> None:
+    """Everything beside weights, moments and the loader, which are there already; then what a changed config means."""
     trainer.restore(snapshot)
-    changed = [key for key, *_ in claim.changes]
-    if any(rule_of(key, trainer.config) is JUDGED for key in changed):
+    changed = {key for key, *_ in claim.changes}
+    if claim.begins_branch or any(rule_of(key, trainer.config) is JUDGED for key in changed):
         trainer.state.judge_anew()
         trainer.lr.judge_anew()
-    if any(key in REOPENS for key in changed):
+    if claim.begins_branch:
+        trainer.state.rewinds = []
+    if changed & REOPENS:
         trainer.state.stopped_early = None
+    if "optim.lr" in changed:
+        trainer.state.lr_override = None
+    if trainer.state.k != start_k:  # numbers of batches of other data mean nothing here
+        trainer.state.k = start_k
+        trainer.health.bad_steps.forget()
     if trainer.engine.world.is_main:
         assert claim.resume is not None
         _log.info("resumed from %s: step %d, batch %d", claim.resume.path, trainer.state.step, trainer.state.k)

@@ -42,6 +42,10 @@ class BadSteps:
                              f"{loss:g}, gradient norm {grad_norm:g}): lower optim.lr, lengthen schedule.warmup, or "
                              "look at these batches with `pretrain data at`")
 
+    def forget(self) -> None:
+        """Start over: the numbers of batches mean others from now on."""
+        self.skipped, self.spikes, self.in_a_row = [], [], 0
+
     def state_dict(self) -> dict[str, Any]:
         """JSON values."""
         return {"skipped": list(self.skipped), "spikes": list(self.spikes), "in_a_row": self.in_a_row}

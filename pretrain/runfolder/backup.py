@@ -65,7 +65,10 @@ def back_up(folder: RunFolder, ref: CheckpointRef | None, destination: Path,
         newest = max(target.published(), key=lambda other: (other.fence, other.step))
         if newest == copy:
             target.write_pointer(LATEST, copy)
-    _copy_records(folder, target)
+    copy_records(folder, target)
+    status = Status.read(folder)
+    if status is not None:
+        write_json_atomic(target.status_file, asdict(status))
     return target
 
 
@@ -91,7 +94,7 @@ def _copy_checkpoint(ref: CheckpointRef, target: RunFolder, abandon: Callable[[]
         temporary.mkdir()
         for name in [*manifest.files, MANIFEST]:
             (temporary / name).parent.mkdir(parents=True, exist_ok=True)
-            _copy_file(ref.path / name, temporary / name, abandon)
+            copy_file(ref.path / name, temporary / name, abandon)
         problems = manifest.verify(temporary)
         if problems:
             at_source = manifest.verify(ref.path)
@@ -114,7 +117,8 @@ def _stands_already(ref: CheckpointRef, copy: CheckpointRef) -> None:
         raise DataCorruption(f"{problems[0]}; move this copy aside and it is made again")
 
 
-def _copy_file(source: Path, target: Path, abandon: Callable[[], bool]) -> None:
+def copy_file(source: Path, target: Path, abandon: Callable[[], bool] = lambda: False) -> None:
+    """Copy a file to where there is none yet, in pieces. Raises Abandoned where `abandon` turns true between two."""
     with open(source, "rb") as read, open(target, "xb") as write:
         while piece := read.read(_PIECE):
             if abandon():
@@ -137,20 +141,18 @@ def _remove_leftovers(target: RunFolder) -> None:
                 path.unlink(missing_ok=True)
 
 
-def _copy_records(folder: RunFolder, target: RunFolder) -> None:
-    """Everything small: what the run is, who wrote what, its metrics and status."""
+def copy_records(folder: RunFolder, target: RunFolder) -> None:
+    """Everything small but the status: what the run is, who wrote what, its metrics."""
     for fence in fences(folder.lease_dir):
         holder = Holder.read(folder.lease_dir / str(fence))
         if holder is not None:
             own = target.lease_dir / str(fence)
             own.mkdir(parents=True, exist_ok=True)
             replace(holder, released=holder.released or holder.since).write(own)
-    for path in (folder.config_file, folder.environment_file, folder.root / "deepspeed.json", folder.metrics_jsonl):
+    for path in (folder.config_file, folder.environment_file, folder.root / "deepspeed.json", folder.lineage_file,
+                 folder.parent_config_file, folder.metrics_jsonl):
         if path.is_file():
             _replace(path, target.root / path.name, lines=path == folder.metrics_jsonl)
-    status = Status.read(folder)
-    if status is not None:
-        write_json_atomic(target.status_file, asdict(status))
 
 
 def _replace(source: Path, target: Path, *, lines: bool) -> None:
