@@ -72,16 +72,26 @@ def _as_branch(loaded: LoadedConfig) -> LoadedConfig:
 
 
 def evaluators(config: RunConfig) -> Sequence[Evaluator]:
-    """What a run evaluates in training: perplexity, and texts, of language models that have a validation split."""
+    """What a run evaluates in training: needles where it trains on them, else perplexity and texts.
+
+    Only of language models that have a validation split.
+    """
     from pathlib import Path
 
+    from evaluation.needle import NeedleEvaluator
     from evaluation.perplexity import PerplexityEvaluator
     from evaluation.samples import SamplesEvaluator
+    from pretrain.data.needle import NeedleSource
     from pretrain.data.open import open_validation
     from pretrain.runfolder.layout import RunFolder
-    if config.model.kind != "causal_lm" or open_validation(config) is None:
+    source = open_validation(config) if config.model.kind == "causal_lm" else None
+    if source is None:
         return []
-    found: list[Evaluator] = [PerplexityEvaluator(config.eval.every, config.eval.max_batches)]
+    found: list[Evaluator] = []
+    if isinstance(source, NeedleSource):
+        found.append(NeedleEvaluator(config.eval.every, config.eval.max_batches))
+    if not isinstance(source, NeedleSource) or not source.config.needle_query:
+        found.append(PerplexityEvaluator(config.eval.every, config.eval.max_batches))
     if config.eval.samples:
         eval_dir = RunFolder(Path(config.runs_dir) / config.name).eval_dir
         found.append(SamplesEvaluator(config.eval.every, config.eval.samples, eval_dir))

@@ -7,7 +7,7 @@ The reserved ids stand above the pool, so that the pool is the plain range [pool
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -21,6 +21,9 @@ Split = Literal["train", "val", "test"]
 
 class NeedleConfig(SourceConfig):
     """Needles in a haystack, generated: example = f(seed, split, index), without end unless a size is given."""
+
+    changeable: ClassVar[frozenset[str]] = frozenset({"haystack_path", "verify", "needle_eval_examples",
+                                                      "needle_test_examples", "eval_soft_topk"})
 
     kind: Literal["needle"] = "needle"
     vocab_size: int = Field(32000, ge=16, le=1 << 30, description="ids of the model; the pool is drawn from them")

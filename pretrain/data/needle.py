@@ -62,18 +62,21 @@ class NeedleSource:
     @property
     def fingerprint(self) -> str:
         """SHA-256 over the parameters and the text of the haystack."""
-        values = self.config.model_dump(mode="json", exclude={"haystack_path", "verify"})
+        values = self.config.model_dump(mode="json", exclude=set(self.config.changeable))
         text = self._text.fingerprint if self._text else None
-        return hashlib.sha256(canonical_json({"source": values, "text": text})).hexdigest()
+        return hashlib.sha256(canonical_json({"source": values, "size": self._size, "text": text})).hexdigest()
 
     def __len__(self) -> int:
         """Examples of the split. Raises TypeError for a stream."""
-        config = self.config
-        size = {"train": config.needle_train_size, "val": config.needle_eval_examples,
-                "test": config.needle_test_examples}[config.split]
-        if not size:
+        if not self._size:
             raise TypeError("the training stream of needles has no end")
-        return size
+        return self._size
+
+    @property
+    def _size(self) -> int:
+        config = self.config
+        return {"train": config.needle_train_size, "val": config.needle_eval_examples,
+                "test": config.needle_test_examples}[config.split]
 
     def get(self, sample_ids: I64Array) -> Batch:
         """Examples as a model takes them, T = `config.seq_len`.

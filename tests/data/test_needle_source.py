@@ -145,7 +145,8 @@ def test_an_example_depends_on_seed_split_and_index_alone():
 
 def test_fingerprint_says_what_changes_an_example():
     base = needles().fingerprint
-    assert base == needles(verify="off").fingerprint
+    assert base == needles(verify="off", needle_eval_examples=7, eval_soft_topk=3).fingerprint
+    assert needles(split="val").fingerprint != needles(split="val", needle_eval_examples=7).fingerprint
     changes = [{"seed": 1}, {"split": "val"}, {"needle_len": 8}, {"ctx_chunks": 5}, {"needle_marker": "key"},
                {"vocab_size": 32001}, {"placement": "uniform"}, {"haystack_repeats": True}, {"needle_query": False},
                {"needle_train_size": 1000}, {"eos_id": 3}, {"pool_margin": 99}]
