@@ -28,6 +28,6 @@ FAMILY = Family(
     schema=BaselineConfig,
     build=build,
     parameter_groups=parameter_groups,
-    objectives=frozenset({"causal_lm"}),
+    objectives=frozenset({"causal_lm", "contrastive"}),
     export=native_model,
 )

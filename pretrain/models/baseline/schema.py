@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from pretrain.config.model import ModelConfig, ParameterCount
+from pretrain.config.objective import ObjectiveConfig
 from pretrain.errors import ConfigError
 
 Body = Literal["llama", "gpt2", "bert"]
@@ -130,6 +132,12 @@ class BaselineConfig(ModelConfig):
         widths = {"llama": 2, "gpt2": 2, "bert": 1}[self.body]
         norm = _FP32_BYTES * self.hidden_size if self.body == "llama" else 0
         return element_bytes * (widths * self.hidden_size + seq_len) + norm
+
+    def objective_problems(self, objective: ObjectiveConfig) -> Iterator[ConfigError]:
+        """Language models predict tokens, bert gives vectors."""
+        if (objective.name == "contrastive") != (self.kind == "encoder"):
+            wanted = "contrastive" if self.kind == "encoder" else "one of language models, as causal_lm"
+            yield ConfigError("objective.name", f"{objective.name} does not train model.body {self.body}; use {wanted}")
 
     def tiny(self) -> BaselineConfig:
         """Two narrow blocks of the same body; grouped key/value heads stay grouped."""

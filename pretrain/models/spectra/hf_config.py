@@ -14,10 +14,10 @@ class SpectraHFConfig(PreTrainedConfig):
 
     model_type = "spectra"
 
-    def __init__(self, profile: str = "corrected", vocab_size: int = 30522, max_position_embeddings: int = 512,
+    def __init__(self, profile: str = "corrected", vocab_size: int = 30522, position_rows: int = 512,
                  hidden_size: int = 1024, num_hidden_layers: int = 24, num_attention_heads: int = 16,
-                 intermediate_size: int = 4096, spectral_dim: int = 192, max_length: int = 160, dropout: float = 0.1,
-                 norm_position: str = "post", pooling: str = "mean", use_spectral: bool = True,
+                 intermediate_size: int = 4096, spectral_dim: int = 192, max_position_embeddings: int = 160,
+                 dropout: float = 0.1, norm_position: str = "post", pooling: str = "mean", use_spectral: bool = True,
                  spectral_norm: str = "gate", spectral_entropy_gate: bool = False,
                  learnable_spectral_fusion: bool = True, fusion_init: float = 0.1, fusion_max: float = 0.5,
                  fractal_depth: int = 1, learnable_fractal: bool = True, fractal_init: float = 0.02,
@@ -28,13 +28,13 @@ class SpectraHFConfig(PreTrainedConfig):
                  decay_exclude: bool = True, **kwargs: Any) -> None:
         self.profile = profile
         self.vocab_size = vocab_size
-        self.max_position_embeddings = max_position_embeddings
+        self.position_rows = position_rows
         self.hidden_size = hidden_size
         self.num_hidden_layers = num_hidden_layers
         self.num_attention_heads = num_attention_heads
         self.intermediate_size = intermediate_size
         self.spectral_dim = spectral_dim
-        self.max_length = max_length
+        self.max_position_embeddings = max_position_embeddings
         self.dropout = dropout
         self.norm_position = norm_position
         self.pooling = pooling
@@ -73,8 +73,8 @@ class SpectraMLMHFConfig(SpectraHFConfig):
         super().__init__(**kwargs)
 
 
-_RENAMED = {"max_positions": "max_position_embeddings", "num_layers": "num_hidden_layers",
-            "num_heads": "num_attention_heads", "ffn_inner": "intermediate_size"}
+_RENAMED = {"max_positions": "position_rows", "max_length": "max_position_embeddings",
+            "num_layers": "num_hidden_layers", "num_heads": "num_attention_heads", "ffn_inner": "intermediate_size"}
 _ELSEWHERE = {"family", "tokenizer", "task", "size", "trunk_init", "vocab_size_"}
 
 

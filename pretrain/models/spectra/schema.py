@@ -13,7 +13,7 @@ from pydantic import Field, field_validator, model_validator
 
 from pretrain.config.contrastive import ContrastiveConfig
 from pretrain.config.model import LOSS_CHUNK_BYTES, ModelConfig, ParameterCount
-from pretrain.config.objective import ObjectiveConfig
+from pretrain.config.objective import MaskedLMConfig, ObjectiveConfig
 from pretrain.errors import ConfigError
 from pretrain.models.spectra.costs import activation_bytes_per_token, flops_per_token
 from pretrain.models.spectra.sizes import COMPAT, SIZES, Size
@@ -228,6 +228,11 @@ class SpectraConfig(ModelConfig):
         if objective.name != wanted:
             yield ConfigError("objective.name", f"{objective.name} does not train model.task {self.task}; use {wanted}")
             return
+        if isinstance(objective, MaskedLMConfig):
+            for key in ("vocab_size", "mask_id"):
+                value = getattr(objective, key)
+                if value > self.vocab_size - (key == "mask_id"):
+                    yield ConfigError(f"objective.{key}", f"{value} is no id of model.vocab_size {self.vocab_size}")
         if not isinstance(objective, ContrastiveConfig):
             return
         bridged = objective.enable_bridge and objective.loss_weight_bridge > 0 and self.enable_semantic \

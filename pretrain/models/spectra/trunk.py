@@ -78,7 +78,7 @@ class SpectraTrunk(nn.Module):
         super().__init__()
         self.config = config
         self.tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.positions = nn.Embedding(config.position_rows, config.hidden_size)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(SpectraBlock(config) for _ in range(config.num_hidden_layers))
         self.norm = layer_norm(config.hidden_size)
@@ -92,9 +92,10 @@ class SpectraTrunk(nn.Module):
             attention_mask: [B, S], 0 at padding.
             document_ids: [B, S], where a row holds several texts: they do not see each other, positions restart.
         """
-        if input_ids.shape[1] > self.config.max_length:
-            raise ValueError(f"input of {input_ids.shape[1]} tokens, but max_length is {self.config.max_length}: the "
-                             "position table is not trained beyond it")
+        longest = self.config.max_position_embeddings
+        if input_ids.shape[1] > longest:
+            raise ValueError(f"input of {input_ids.shape[1]} tokens, but max_length is {longest}: positions beyond it "
+                             "are not trained")
         visibility, positions = self._visibility(input_ids, attention_mask, document_ids)
         x = self.dropout(self.tokens(input_ids) + self.positions(positions))
         figures = []
