@@ -122,6 +122,16 @@ class RunFolder:
         return self.root / "environment.json"
 
     @property
+    def lineage_file(self) -> Path:
+        """Where a branch began; other runs have none."""
+        return self.root / "branch.json"
+
+    @property
+    def parent_config_file(self) -> Path:
+        """Config of the run that a branch began from, as it was then."""
+        return self.root / "parent.yaml"
+
+    @property
     def status_file(self) -> Path:
         """State and verdict."""
         return self.root / "status.json"
