@@ -15,9 +15,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from pretrain.cli.plan_text import LIBRARIES_BYTES, gib, resolve_precision
+from pretrain.cli.plan_text import resolve_precision
 from pretrain.config import machine
 from pretrain.config.load import load_run_config
+from pretrain.config.memory import LIBRARIES_BYTES, gib
 from pretrain.config.plan import make_plan
 from pretrain.config.precision import DeviceFacts, advise_precision
 from pretrain.config.presets import list_presets, preset_path

@@ -17,9 +17,7 @@ from pretrain.cli.options import (
     load_config,
 )
 from pretrain.cli.plan_text import (
-    LIBRARIES_BYTES,
     assumed_device,
-    gib,
     known_peak,
     plan_json,
     plan_lines,
@@ -27,6 +25,7 @@ from pretrain.cli.plan_text import (
     training_samples,
 )
 from pretrain.config.machine import gpus, memory_bytes
+from pretrain.config.memory import LIBRARIES_BYTES, gib
 from pretrain.config.plan import Plan, Speed, largest_micro_batch, make_plan
 from pretrain.errors import UserError
 

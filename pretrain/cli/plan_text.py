@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.config.machine import device_facts, gpus
+from pretrain.config.memory import gib
 from pretrain.config.plan import Plan, Speed, windows
 from pretrain.config.precision import DeviceFacts, DeviceKind, advise_precision
 from pretrain.config.run import Precision, RunConfig
@@ -16,9 +17,6 @@ from pretrain.monitor.throughput import peak_flops
 
 ASSUMED_MFU = 0.4
 """Model FLOPs utilisation behind the hours of a dry run: what large dense models reach, not a measurement."""
-_GIB = 2**30
-LIBRARIES_BYTES = 600 * 2**20
-"""Memory of a process that has imported everything, before it holds a model."""
 
 
 def assumed_device(kind: DeviceKind | None) -> DeviceFacts:
@@ -114,11 +112,6 @@ def plan_json(plan: Plan, *, precision_reason: str, data_name: str) -> dict[str,
                    "host_bytes": plan.memory.host_bytes,
                    "phases": {phase: {term.name: term.bytes for term in terms}
                               for phase, terms in plan.memory.phases.items()}}}
-
-
-def gib(count: int) -> str:
-    """Bytes in GiB, or MiB below one."""
-    return f"{count / _GIB:.2f} GiB" if count >= _GIB else f"{count / 2**20:.0f} MiB"
 
 
 def _time(plan: Plan) -> str:

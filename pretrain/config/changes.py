@@ -36,7 +36,8 @@ class Rule:
 
 
 MODEL = Rule("fixed", "another model")
-ORDER = Rule("fixed", "other data, order or batch size", "the data begin with their first batch; where only the batch size changes, after those seen")
+ORDER = Rule("fixed", "other data, order or batch size",
+             "the data begin with their first batch; where only the batch size changes, after the samples seen")
 MASKING = Rule("fixed", "documents seen otherwise", "documents are seen otherwise from here on")
 OBJECTIVE = Rule("fixed", "another objective", "losses before and after are of another kind")
 TERMS = Rule("told", "losses before and after weigh other things")
@@ -62,8 +63,8 @@ _KEYS: tuple[tuple[Rule, tuple[str, ...]], ...] = (
             "train.target_perplexity", "train.patience", "train.gates_at_start", "engine.zero_stage",
             "engine.offload.optimizer", "engine.offload.parameters", "engine.activation_checkpointing",
             "engine.zero3_init", "checkpoint.every", "checkpoint.keep_last", "checkpoint.keep_best",
-            "checkpoint.keep_every", "checkpoint.mirror.path", "checkpoint.mirror.every", "eval.every", "eval.at_start",
-            "eval.samples",
+            "checkpoint.keep_every", "checkpoint.mirror.path", "checkpoint.mirror.every",
+            "eval.every", "eval.at_start", "eval.samples",
             "monitor.log_every", "monitor.tensorboard", "monitor.wandb", "monitor.wandb_project", "monitor.progress",
             "monitor.profile_steps", "monitor.peak_flops", "launch.nproc", "launch.port", "launch.timeout",
             "launch.preflight", "launch.hang_timeout", "launch.threads", "slurm")),

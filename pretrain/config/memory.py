@@ -26,6 +26,8 @@ from pretrain.config.precision import DeviceKind
 from pretrain.config.run import Precision, ResolvedBatch, RunConfig
 
 PhaseName = Literal["build", "backward", "step"]
+LIBRARIES_BYTES = 600 * 2**20
+"""Memory of a process that has imported everything, before it holds a model."""
 MAX_LIVE_PARAMETERS = 1_000_000_000
 """Gathered weights that stage 3 keeps at once (`stage3_max_live_parameters`): below it, all of them."""
 _KEPT_ACTIVATIONS = 0.4
@@ -190,3 +192,8 @@ def _slack(s: _Sizes, kept: int, formula: str = "") -> Iterator[Term]:
     if s.cpu:
         held = kept + round(_KEPT_A_PARAMETER * s.trainable) + _KEPT_ANYWAY
         yield Term("kept by the allocator", held, f"{formula}0.7 P + 64 MiB")
+
+
+def gib(count: int) -> str:
+    """Bytes in GiB, or MiB below one."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"

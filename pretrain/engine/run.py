@@ -21,6 +21,7 @@ from pretrain.config.run import RunConfig
 from pretrain.engine.claim import BranchRequest, Claim, claim_run
 from pretrain.engine.distributed import Failure, World, join, shutdown
 from pretrain.engine.evaluator import Evaluator
+from pretrain.engine.outofmemory import memory_told
 from pretrain.engine.preflight import rank_table
 from pretrain.engine.ranks import RankEnvironment, forget_meeting, meet
 from pretrain.engine.setup import prepare
@@ -97,7 +98,8 @@ def _train(loaded: LoadedConfig, world: World, claim: Claim, signals: StopSignal
         trainer = prepare(loaded, world, claim, evaluators, console, signals)
         signals.hold()
         try:
-            with watching(trainer, claim):
+            with watching(trainer, claim), memory_told(lambda: trainer.reporter.clock.interrupted, trainer.config,
+                                                       trainer.batch, trainer.engine.precision, world):
                 code = trainer.train()
         finally:
             trainer.loader.close()

@@ -33,6 +33,7 @@ from pretrain.engine.evaluator import Evaluator
 from pretrain.engine.initial import check_initial
 from pretrain.engine.keeping import Keeper
 from pretrain.engine.mirror import Mirror
+from pretrain.engine.outofmemory import memory_told
 from pretrain.engine.reporting import Reporter
 from pretrain.engine.schedule import LearningRate
 from pretrain.engine.state import RunState
@@ -99,16 +100,23 @@ def prepare(loaded: LoadedConfig, world: World, claim: Claim, evaluators: Sequen
     if config.train.init_from and claim.resume is None:
         world.all_or_none(lambda: check_initial(Path(str(config.train.init_from)), data.source))
     rng.seed_all(config.seed, world.rank)
-    model, ds_config, keepalive = build_model(config, family, batch, precision, world)
+    told = partial(memory_told, config=config, batch=batch, precision=precision, world=world)
+    with told("building the model"):
+        model, ds_config, keepalive = build_model(config, family, batch, precision, world)
     if config.train.gates_at_start and claim.resume is None:
         world.all_or_none(lambda: _gates(config, model, world))
     hooks = family.hooks(config)
     if claim.resume is None:
-        if config.train.init_from:
-            load_initial_weights(model, Path(config.train.init_from), partitioned=keepalive is not None)
-        hooks.before_engine(FamilyStartContext(model, world, keepalive is not None, data))
-    engine = build_engine(config, family, batch, precision, world, model, ds_config, keepalive)
-    snapshot = checkpoint.load(engine, claim.resume, config.seed) if claim.resume is not None else None
+        with told("preparing the first weights"):
+            if config.train.init_from:
+                load_initial_weights(model, Path(config.train.init_from), partitioned=keepalive is not None)
+            hooks.before_engine(FamilyStartContext(model, world, keepalive is not None, data))
+    with told("handing the model to DeepSpeed"):
+        engine = build_engine(config, family, batch, precision, world, model, ds_config, keepalive)
+    snapshot = None
+    if claim.resume is not None:
+        with told(f"loading {claim.resume.path}"):
+            snapshot = checkpoint.load(engine, claim.resume, config.seed)
     world.on_main(lambda: take_over(loaded, claim, engine, lengths.total))
     trainer = _assemble(config, batch, world, claim, engine, family, data, hooks, evaluators, console, lengths, signals,
                         start_k=start_k or 0)

@@ -24,6 +24,9 @@ class TimeShares:
         self._stack = ["other"]
         self.moves = 0
         """Phases entered and left so far: ranks that do the same work count alike."""
+        self.interrupted = "other"
+        """The innermost phase that the last error came out of."""
+        self._error = 0
         self._mark = timer()
         self._phases = {name: _Phase(self, name) for name in PHASES}
 
@@ -46,6 +49,10 @@ class TimeShares:
         now = self._timer()
         self._seconds[self._stack[-1]] += now - self._mark
         self._mark = now
+
+    def _interrupt(self, error: BaseException, name: str) -> None:
+        if self._error != id(error):  # the phases around it see the same error pass
+            self._error, self.interrupted = id(error), name
 
     def _enter(self, name: str) -> None:
         self._charge()
@@ -72,4 +79,6 @@ class _Phase:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
+        if error is not None:
+            self._shares._interrupt(error, self._name)
         self._shares._leave()

@@ -100,6 +100,25 @@ Trainer._one = broken
     assert (status(folder / "runs/tiny").state, status(folder / "runs/tiny").message) == ("corrupt", "here: gone bad")
 
 
+def test_a_rank_that_runs_out_of_memory_takes_the_others_along_with_one_line(folder: Path) -> None:
+    before = """
+import os
+from pretrain.objectives.causal_lm import CausalLM
+call = CausalLM.__call__
+def full(self, model, batch, controls):
+    if os.environ["RANK"] == "1" and int(batch.sample_ids[0]) >= 40:
+        bytearray(1 << 60)
+    return call(self, model, batch, controls)
+CausalLM.__call__ = full
+"""
+    code, errors = outcome(folder, before=before)
+    assert code == 2
+    assert errors.count("error:") == 1
+    assert "error: rank 1 ran out of memory in the forward pass" in errors
+    assert "Traceback" not in errors
+    assert status(folder / "runs/tiny").state == "refused"
+
+
 def test_a_shard_that_is_corrupt_for_one_rank_stops_all_with_a_checkpoint(tmp_path: Path) -> None:
     shards = make_dataset(tmp_path)
     write_config(tmp_path)

@@ -222,3 +222,35 @@ def test_a_disk_that_fills_up_costs_no_earlier_checkpoint(warm: Warm, folder: Pa
             "runs/tiny/checkpoints", "make room")
     assert checkpoints(folder / "runs/tiny") == {5: []}
     assert train(warm, folder, "train.length=12 steps").wait() == 0
+
+
+BEYOND = """
+import os, resource
+size = int(open("/proc/self/statm").read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+def limit():
+    resource.setrlimit(resource.RLIMIT_AS, (size + {room}, resource.RLIM_INFINITY))
+"""
+AT_START = "limit()\n"
+AT_LOAD = """
+from pretrain.engine import checkpoint
+load = checkpoint.load
+def beyond(*arguments):
+    limit()
+    bytearray(1 << 40)
+checkpoint.load = beyond
+"""
+
+
+@pytest.mark.parametrize(("phase", "sets", "code"), [
+    ("building the model", ("model.vocab_size=2000000", "model.hidden_size=512"), AT_START),
+    ("the forward pass", ("batch.global_batch_size=4096",), AT_START),
+    ("loading runs/tiny/checkpoints/step-6.f", (), AT_LOAD)], ids=["build", "forward", "load"])
+def test_running_out_of_memory_is_one_line_with_a_cure(phase: str, sets: Args, code: str, warm: Warm, trained: Path,
+                                                       tmp_path: Path) -> None:
+    """A limit on the address space makes the allocators of C++ and Python give up, as a full machine does."""
+    shutil.copytree(trained, tmp_path / "copy", symlinks=True)
+    name = "tiny" if code is AT_LOAD else "fresh"
+    run = train(warm, tmp_path / "copy", f"name={name}", "train.length=9 steps", *sets,
+                before=BEYOND.format(room=600 << 20) + code)
+    refused(run, 2, "rank 0 ran out of memory in " + phase, "ulimit -v leaves it", "the estimate expects")
+    assert status(tmp_path / f"copy/runs/{name}").state == "refused"
