@@ -112,7 +112,11 @@ def _show(results: Results, path: Path | None) -> None:
 
 
 def _refresh_report(target: Target) -> None:
-    """A run that has a report gets one with these results; a running run writes its own at the end."""
-    if target.run_folder is not None and target.run_folder.report_file.is_file():
+    """A run that has a report, or a summary, gets one with these results; a running run writes its own at the end."""
+    folder = target.run_folder
+    if folder is not None and folder.report_file.is_file():
         from evaluation.report import write_report
-        write_report(target.run_folder.root)
+        write_report(folder.root)
+    if folder is not None and folder.metrics_json.is_file():
+        from evaluation.summary import write_summary
+        write_summary(folder.root)

@@ -99,8 +99,13 @@ def evaluators(config: RunConfig) -> Sequence[Evaluator]:
 
 
 def report(loaded: LoadedConfig) -> None:
-    """Write report.html of a finished run."""
+    """Write report.html of a finished run; metrics.json too, where its family declares columns of metrics.csv."""
     from pathlib import Path
 
     from evaluation.report import write_report
-    write_report(Path(loaded.config.runs_dir) / loaded.config.name)
+    from evaluation.summary import write_summary
+    from pretrain.config.registry import FAMILIES, resolve
+    run = Path(loaded.config.runs_dir) / loaded.config.name
+    write_report(run)
+    if resolve(FAMILIES, loaded.config.model.family, "model.family").csv_columns:
+        write_summary(run)

@@ -157,6 +157,11 @@ class RunFolder:
         return self.root / "metrics.csv"
 
     @property
+    def metrics_json(self) -> Path:
+        """Final figures, for families that declare columns of metrics.csv."""
+        return self.root / "metrics.json"
+
+    @property
     def metrics_long_csv(self) -> Path:
         """The same with one value a line, for families that declare columns."""
         return self.root / "metrics_long.csv"
