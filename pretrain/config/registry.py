@@ -12,10 +12,12 @@ from pretrain.config.suggest import nearest
 from pretrain.errors import ConfigError
 
 MODEL_SCHEMAS: dict[str, str] = {
+    "afrb": "pretrain.models.afrb.schema:AFRBConfig",
     "baseline": "pretrain.models.baseline.schema:BaselineConfig",
     "spectra": "pretrain.models.spectra.schema:SpectraConfig",
 }
 FAMILIES: dict[str, str] = {
+    "afrb": "pretrain.models.afrb.family:FAMILY",
     "baseline": "pretrain.models.baseline.family:FAMILY",
     "spectra": "pretrain.models.spectra.family:FAMILY",
 }

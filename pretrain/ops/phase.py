@@ -35,9 +35,9 @@ def causal_taps(x: Tensor, taps: Tensor, *, before: Tensor | None = None, reach:
     padded = torch.cat([past, x], 1)
     total = x * taps[0]
     for back in range(1, count):
-        earlier = padded[:, count - 1 - back:count - 1 - back + length]
-        tap = taps[back] if reach is None else taps[back] * (reach >= back).to(x.dtype)[..., None]
-        total = total + earlier * tap
+        # In this order the backward pass keeps views of x and the small factors, nothing of x's size a tap.
+        earlier = padded[:, count - 1 - back:count - 1 - back + length] * taps[back]
+        total = total + (earlier if reach is None else earlier * (reach >= back).to(x.dtype)[..., None])
     return total
 
 

@@ -1,0 +1,142 @@
+"""Parameters, matrix products and activations of adapters and memories, in closed form; no torch.
+
+Letters: D width, V vocabulary, T tokens, n blocks; dk, dv widths of addresses and values, K that of keys.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pretrain.models.afrb.schema import AFRBConfig
+
+CHUNK = 64
+"""Tokens a chunk of a matrix memory read at every token (`pretrain.ops.associative_memory`)."""
+_FP32 = 4
+
+
+def adapter_parameters(cfg: AFRBConfig) -> int:
+    """Trainable parameters, exact."""
+    total = cfg.n_afrb * _block_parameters(cfg)
+    if cfg.readout_from != "pvm":
+        return total
+    return total + (_matrix_parameters(cfg) if cfg.matrix else _readout_parameters(cfg))
+
+
+def _block_parameters(cfg: AFRBConfig) -> int:
+    d = cfg.hidden_size
+    mixer = 2 * d * d + 2 * d if cfg.mixer == "glu" else (cfg.mixer_taps + 1) * d
+    phase = {"rotate": 1, "embed": 3 * d + 1, "none": 0}[cfg.phase_mode]
+    memory = 2 + _gate_parameters(cfg) if cfg.vector_pvm else 0
+    return 5 * d + mixer + phase + memory + int(cfg.adaptive_omega)
+
+
+def _gate_parameters(cfg: AFRBConfig) -> int:
+    return (cfg.pvm_gate_taps + 1) * cfg.hidden_size + 1 if cfg.pvm_write_gate else 0
+
+
+def _readout_parameters(cfg: AFRBConfig) -> int:
+    d = cfg.hidden_size
+    inner = max(1, d // 4)
+    learned = cfg.needle_query_mode == "learned" and cfg.readout_mode != "state"
+    return d * d + 1 + (2 * d * inner + d + 3 * inner if learned else 0)
+
+
+def _matrix_parameters(cfg: AFRBConfig) -> int:
+    d, maps = cfg.hidden_size, 2 if cfg.pvm_separate_query else 1
+    taps = cfg.pvm_address_taps * cfg.pvm_dk if cfg.pvm_phase_clock == "learned" else 0
+    return maps * d * cfg.pvm_dk + 2 * d * cfg.pvm_dv + taps + 1 + _gate_parameters(cfg)
+
+
+def key_width(cfg: AFRBConfig) -> int:
+    """K: width of what a matrix memory is written at."""
+    return 2 * cfg.pvm_content_frequencies if cfg.pvm_phase_clock == "content" else cfg.pvm_dk
+
+
+def adapter_flops(cfg: AFRBConfig, seq_len: int) -> float:
+    """Matrix products a token of one forward with a readout at every token of a sequence of `seq_len`."""
+    d = cfg.hidden_size
+    gate = 2 * d if cfg.pvm_write_gate else 0
+    block = (4 * d * d if cfg.mixer == "glu" else 0) + (4 * d if cfg.phase_mode == "embed" else 0)
+    total = float(cfg.n_afrb * (block + (gate if cfg.vector_pvm else 0)))
+    if cfg.readout_from != "pvm":
+        return total
+    if cfg.matrix:
+        return total + gate + _matrix_flops(cfg, seq_len)
+    learned = cfg.needle_query_mode == "learned" and cfg.readout_mode != "state"
+    query = 4 * d * max(1, d // 4) if learned else 0
+    weigh = 0 if cfg.readout_mode == "state" else 4 * seq_len * d * cfg.n_afrb
+    return total + 2 * d * d + query + weigh
+
+
+def _matrix_flops(cfg: AFRBConfig, seq_len: int) -> float:
+    d, dk, dv, k = cfg.hidden_size, cfg.pvm_dk, cfg.pvm_dv, key_width(cfg)
+    whiten = 3 * 2 * d * d
+    maps = 2 * d * dk * (2 if cfg.pvm_separate_query else 1) + 4 * d * dv
+    content = 2 * 2 * dk * cfg.pvm_content_frequencies if cfg.pvm_phase_clock == "content" else 0
+    size = min(CHUNK, seq_len)
+    filled = -(-seq_len // size) * size / seq_len  # the last chunk is computed whole
+    read = filled * (2 * size * (k + dv) + 4 * k * dv)
+    delta = 0.0
+    if cfg.pvm_rule == "delta":
+        sizes = [min(CHUNK, seq_len - start) for start in range(0, seq_len, CHUNK)]
+        delta = sum(2 * s * s * k + 4 * s * k * dv for s in sizes) / seq_len
+    return whiten + maps + content + read + delta + 2 * d * cfg.vocab_size
+
+
+def activation_bytes(cfg: AFRBConfig, seq_len: int, *, element_bytes: int, checkpointing: bool) -> float:
+    """Bytes kept a token for the backward pass. Frozen matrices keep no inputs, so layers keep less than trained ones.
+
+    Coefficients are counts of the tensors that autograd keeps, in multiples of a width; a test holds them to it.
+    """
+    memory = _memory_bytes(cfg, seq_len, element_bytes)
+    if not cfg.n_afrb:  # nothing before the layers is trained: no gradient passes through them
+        return memory
+    layer, block = _layer_bytes(cfg, element_bytes), _block_bytes(cfg, element_bytes)
+    mask = 0 if cfg.disable_attn else seq_len * element_bytes
+    layers, outside = cfg.backbone.sizes.num_layers, _norm_bytes(cfg, element_bytes) + mask + memory
+    if cfg.backbone.architecture == "gpt_neo" and not cfg.disable_attn:
+        layer += _FP32 * cfg.backbone.sizes.num_heads * seq_len  # its attention keeps probabilities
+    if checkpointing:
+        stream = cfg.hidden_size * element_bytes
+        traces = cfg.n_afrb * _FP32 * cfg.hidden_size if cfg.vector_pvm else 0
+        return (layers + cfg.n_afrb) * stream + traces + max(layer, block) + outside
+    return layers * layer + cfg.n_afrb * block + outside
+
+
+def _norm_bytes(cfg: AFRBConfig, e: int) -> float:
+    """Input of one of the backbone's norms; Llama's compute in fp32."""
+    return cfg.hidden_size * (_FP32 if cfg.backbone.body == "llama" else e)
+
+
+def _layer_bytes(cfg: AFRBConfig, e: int) -> float:
+    """One frozen layer: inputs of norms and activations, and what attention keeps."""
+    sizes, norm = cfg.backbone.sizes, _norm_bytes(cfg, e)
+    d, kv = sizes.hidden_size, sizes.kv_heads * sizes.head_dim
+    llama = cfg.backbone.body == "llama"
+    mlp = (3 if llama else 1) * sizes.mlp_size * e
+    if not cfg.disable_attn:
+        return 2 * norm + mlp + e * ((d + 2 * kv) if llama else 4 * d)
+    return norm * (2 if cfg.disable_attn_mode == "identity" else 1) + mlp
+
+
+def _block_bytes(cfg: AFRBConfig, e: int) -> float:
+    d = cfg.hidden_size
+    total = e * d * (7 if cfg.mixer == "glu" else 5)
+    total += _FP32 * d * {"rotate": 3, "embed": 1, "none": 0}[cfg.phase_mode]
+    return total + (_FP32 * d * (9 if cfg.pvm_write_gate else 5) if cfg.vector_pvm else 0)
+
+
+def _memory_bytes(cfg: AFRBConfig, seq_len: int, e: int) -> float:
+    """The readout at every token."""
+    if cfg.readout_from != "pvm":
+        return 0.0
+    d, n = cfg.hidden_size, cfg.n_afrb
+    if cfg.matrix:
+        keys = (3.8 if cfg.pvm_phase_clock == "content" else 2.8) * key_width(cfg)
+        gate = 4 * d if cfg.pvm_write_gate else 0
+        delta = 4 * cfg.pvm_dv + CHUNK if cfg.pvm_rule == "delta" else 0
+        return _FP32 * (3.1 * d + gate + cfg.pvm_dk + keys + 5.8 * cfg.pvm_dv + 2 * CHUNK + delta)
+    if cfg.readout_mode == "state":
+        return 1.75 * d * e + _FP32 * (3 + n) * d
+    return 1.75 * d * e + _FP32 * ((3 + 2 * n) * d + 2 * n * seq_len)
