@@ -27,6 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "presets": ("pretrain.cli.presets:app", "List and show the presets."),
     "config": ("pretrain.cli.config:app", "Show, compare and describe configs."),
     "doctor": ("pretrain.cli.doctor:doctor", "What this machine can do; collect what a bug report needs."),
+    "slurm": ("pretrain.cli.slurm:app", "The run of a config as a job of a cluster: render, submit, watch, cancel."),
     "runs": ("pretrain.cli.runs:app", "List runs."),
     "backup": ("pretrain.cli.backup:backup", "Copy a run to another disk, proven by hashes."),
     "control": ("pretrain.cli.control:control", "Ask a run to save, stop, evaluate or reload its learning rate."),

@@ -54,6 +54,8 @@ class SlurmConfig(Section):
     time: Annotated[str, Field(pattern=r"^[0-9:-]+$")] = Field(
         description="longest time of one start: 30 (minutes), 12:00:00, 2-00:00:00")
     nodes: int = Field(1, ge=1, le=10_000, description="machines")
+    min_nodes: int | None = Field(None, ge=1, description="go on with as few machines as this where more cannot be "
+                                  "had; null: nodes")
     gpus_per_node: int = Field(0, ge=0, le=64, description="GPUs a machine; 0: CPUs only")
     tasks_per_node: int | None = Field(None, ge=1, le=1024, description="ranks a machine; null: one a GPU, else one")
     cpus: int | None = Field(None, ge=1, le=4096, description="CPUs a rank; null: the partition's default")
@@ -108,6 +110,9 @@ class SlurmConfig(Section):
             raise ConfigError("slurm.save_before", f"{self.save_before} s before a limit of {self.time_seconds} s "
                               f"leave no time to train (Slurm sends the signal up to {_SIGNAL_SLACK_S} s early); raise "
                               "slurm.time or lower it")
+        if self.min_nodes and self.min_nodes >= self.nodes:
+            raise ConfigError("slurm.min_nodes", f"{self.min_nodes} is not below slurm.nodes {self.nodes}; "
+                              "leave it out")
         if self.container and not self.python:
             raise ConfigError("slurm.python", "is missing: name the interpreter inside slurm.container.image")
         return self

@@ -36,7 +36,8 @@ def pretrain(*arguments, cwd=None):
     ("--help",), ("--version",), ("config", "--help"), ("config", "show", "--preset", "demo"), ("config", "schema"),
     ("config", "diff", "demo", "baseline-27m"), ("presets", "list"), ("presets", "show", "demo"),
     ("estimate", "--preset", "demo"), ("train", "--help"), ("train", "--preset", "demo", "--dry-run"),
-    ("doctor", "--help"), ("doctor",)], ids=" ".join)
+    ("doctor", "--help"), ("doctor",), ("slurm", "--help"),
+    ("slurm", "render", "--preset", "demo", "--set", "slurm={time: 12:00:00}")], ids=" ".join)
 def test_commands_that_only_look_import_no_torch(arguments):
     code, output, errors, modules, heavy = pretrain(*arguments)
     assert (code, errors.strip()) == (0, "")
