@@ -179,6 +179,27 @@ def test_requests_in_the_control_folder_are_served(warm: Warm, folder: Path) -> 
     assert "the learning rate is 0.0005, as control/reload_lr set it" in again.stderr
 
 
+def test_a_request_that_comes_after_the_last_step_is_removed_with_a_line(warm: Warm, folder: Path) -> None:
+    late = """
+from pretrain.engine.keeping import Keeper
+save = Keeper.save
+def saved(keeper, *arguments, **options):
+    (keeper.folder.control_dir / "stop").touch()
+    return save(keeper, *arguments, **options)
+Keeper.save = saved
+"""
+    sets = ("train.length=4 steps", "checkpoint.every=null", "eval.every=null")
+    run = train(warm, folder, *sets, before=late)
+    assert run.wait() == 0, run.stderr
+    assert "control/stop: came after the end of the run and is removed" in run.stderr
+    assert list((folder / "runs/tiny/control").iterdir()) == []
+    (folder / "runs/tiny/control/stop").touch()
+    again = train(warm, folder, *sets)
+    assert again.wait() == 0, again.stderr
+    assert "control/stop: came after the end" in again.stderr
+    assert train(warm, folder, "train.length=6 steps").wait() == 0
+
+
 def test_max_hours_stops_a_run_that_goes_on_afterwards(warm: Warm, folder: Path) -> None:
     run = train(warm, folder, "train.max_hours=1e-4", "train.length=5000 steps")
     assert run.wait() == 85, run.stderr

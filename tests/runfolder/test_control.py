@@ -3,7 +3,9 @@ from __future__ import annotations
 import threading
 
 import pytest
+from typer.testing import CliRunner
 
+from pretrain.cli.main import app
 from pretrain.errors import ExitCode, UserError
 from pretrain.runfolder import control
 from pretrain.runfolder.layout import RunFolder
@@ -74,3 +76,29 @@ def test_every_exit_code_has_a_verdict(folder):
         assert read.code == code
         assert read.resumable == (code == ExitCode.STOPPED)
         assert read.state != "running"
+
+
+def ask(folder, *words):
+    return CliRunner().invoke(app, ["control", str(folder.root), *words])
+
+
+def test_a_request_to_a_run_that_is_done_is_refused_and_leaves_nothing(folder):
+    lease = Lease.acquire(folder)
+    running = Status(lease.fence, step=9, total_steps=9)
+    running.write(folder)
+    assert "left for process" in ask(folder, "save").stdout
+    assert control.poll(folder) == {"save": ""}
+    running.ended(ExitCode.DONE, "length reached").write(folder)
+    lease.release()
+    done = ask(folder, "stop")
+    assert isinstance(done.exception, UserError)
+    assert "is done at step 9; no process is left to stop" in str(done.exception)
+    assert control.poll(folder) == {}
+
+
+def test_a_request_to_a_run_that_was_stopped_waits_for_its_next_start(folder):
+    lease = Lease.acquire(folder)
+    Status(lease.fence, step=4, total_steps=9).ended(ExitCode.STOPPED, "SIGTERM").write(folder)
+    lease.release()
+    assert "left for the next start" in ask(folder, "reload_lr", "--value", "1e-4").stdout
+    assert control.poll(folder) == {"reload_lr": "1e-4"}
