@@ -45,3 +45,11 @@ class SampleSource(Protocol):
 
     def get(self, sample_ids: np.ndarray) -> Batch:
         """The samples [B] int64, in the order asked for."""
+
+
+@runtime_checkable
+class EpochSource(SampleSource, Protocol):
+    """A source whose samples hold something drawn anew in every epoch, the negatives of a pair, say."""
+
+    def get_in_epoch(self, sample_ids: np.ndarray, epochs: np.ndarray) -> Batch:
+        """The samples [B] as they are in their epochs [B] int64; `get` gives those of epoch 0."""

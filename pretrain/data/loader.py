@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from pretrain.config.run import ResolvedBatch
-from pretrain.data.batch import Batch, SampleSource
+from pretrain.data.batch import Batch, EpochSource, SampleSource
 from pretrain.data.mixture import pack
 from pretrain.data.order import GlobalOrder
 from pretrain.data.transfer import HAS_MEMFD, Parcel
@@ -37,7 +37,10 @@ def read_rows(source: SampleSource, order: GlobalOrder, k: int, start: int, stop
     [n] int64, the sample served from its source, and `source_index` [n] int64, which part of a mixture that is.
     """
     parts, samples = order.positions(k, start, stop)
-    tensors = dict(source.get(pack(parts, samples)).tensors)
+    ids = pack(parts, samples)
+    served = source.get_in_epoch(ids, order.epochs(k, start, stop)) if isinstance(source, EpochSource) \
+        else source.get(ids)
+    tensors = dict(served.tensors)
     tensors["source_ids"] = torch.from_numpy(samples.copy())
     if order.n_sources > 1:
         tensors["source_index"] = torch.from_numpy(parts.copy())

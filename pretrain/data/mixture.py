@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from data_prep.files import canonical_json
 from pretrain.config.registry import SOURCES, resolve
 from pretrain.config.source import DataConfig, MixtureConfig
-from pretrain.data.batch import Batch, SampleSource
+from pretrain.data.batch import Batch, EpochSource, SampleSource
 from pretrain.errors import ConfigError, UserError
 
 _PART_SHIFT = 48
@@ -42,11 +42,18 @@ class MixtureSource:
 
     def get(self, sample_ids: NDArray[np.int64]) -> Batch:
         """The samples [B] of packed ids. Raises UserError where parts disagree about their tensors."""
+        return self.get_in_epoch(sample_ids, np.zeros_like(sample_ids))
+
+    def get_in_epoch(self, sample_ids: NDArray[np.int64], epochs: NDArray[np.int64]) -> Batch:
+        """The samples as they are in the epochs [B] of their parts."""
         numbers, samples = sample_ids >> _PART_SHIFT, sample_ids & ((1 << _PART_SHIFT) - 1)
         tensors: dict[str, torch.Tensor] = {}
         for number in np.unique(numbers).tolist():
             rows = np.flatnonzero(numbers == number)
-            part = self.parts[number].get(samples[rows]).tensors
+            source = self.parts[number]
+            found_rows = source.get_in_epoch(samples[rows], epochs[rows]) if isinstance(source, EpochSource) \
+                else source.get(samples[rows])
+            part = found_rows.tensors
             if not tensors:
                 tensors = {name: value.new_empty((len(sample_ids), *value.shape[1:])) for name, value in part.items()}
             shapes = {name: (value.shape[1:], value.dtype) for name, value in tensors.items()}

@@ -93,6 +93,10 @@ class SourceOrder:
         """Samples served in an epoch, over all lanes; None for a source without end."""
         return None if self._size is None else self._lanes * self._lane_chunks * self._chunk
 
+    def epochs(self, places: I64Array) -> I64Array:
+        """Passes over the source [N] that were over before `places` [N] of their lanes; 0 for a source without end."""
+        return np.zeros_like(places) if self._size is None else places // (self._lane_chunks * self._chunk)
+
     def samples(self, places: I64Array, lanes: I64Array) -> I64Array:
         """Sample ids [N] of `places` [N] (o) in `lanes` [N] (l)."""
         if self._size is None:
@@ -157,7 +161,7 @@ class GlobalOrder:
             self._rank_in_table[places] = np.arange(len(places))
             self._before_lane[s] = np.searchsorted(places, self._lane_offset)
         self._cached: tuple[int, int, int] | None = None
-        self._cache: tuple[I64Array, I64Array] | None = None
+        self._cache: tuple[I64Array, I64Array, I64Array] | None = None
 
     @property
     def epoch_samples(self) -> int | None:
@@ -169,6 +173,15 @@ class GlobalOrder:
 
         Batches around k are computed together and kept; the cost does not depend on k.
         """
+        sources, samples, _ = self._served(k, start, stop)
+        return sources, samples
+
+    def epochs(self, k: int, start: int, stop: int) -> I64Array:
+        """How often each of rows [start, stop) of batch k was served before by its source, [n]."""
+        return self._served(k, start, stop)[2]
+
+    def _served(self, k: int, start: int, stop: int) -> tuple[I64Array, I64Array, I64Array]:
+        """Sources, samples and epochs."""
         rows = stop - start
         batches = max(1, CACHE_POSITIONS // max(1, rows))
         first = k - k % batches
@@ -176,22 +189,24 @@ class GlobalOrder:
             self._cache = self._compute(first, batches, start, stop)
             self._cached = (first, start, stop)
         at = (k - first) * rows
-        return self._cache[0][at:at + rows], self._cache[1][at:at + rows]
+        sources, samples, epochs = (column[at:at + rows] for column in self._cache)
+        return sources, samples, epochs
 
-    def _compute(self, first: int, batches: int, start: int, stop: int) -> tuple[I64Array, I64Array]:
-        """Sources and samples of rows [start, stop) of batches [first, first + batches), batch by batch."""
+    def _compute(self, first: int, batches: int, start: int, stop: int) -> tuple[I64Array, I64Array, I64Array]:
+        """Sources, samples and epochs of rows [start, stop) of batches [first, first + batches), batch by batch."""
         lane_rows = self.global_batch_size // self._lanes
         row = np.arange(start, stop, dtype=np.int64)
         lanes = np.tile(row // lane_rows, batches)
         batch = np.arange(first, first + batches, dtype=np.int64)
         places = (batch[:, None] * lane_rows + row % lane_rows).ravel()
         if len(self._sources) == 1:
-            return np.zeros_like(places), self._sources[0].samples(places, lanes)
+            return np.zeros_like(places), self._sources[0].samples(places, lanes), self._sources[0].epochs(places)
         period, place = np.divmod(places + self._lane_offset[lanes], len(self._table))
         source = self._table[place].astype(np.int64)
         within = period * self._counts[source] + self._rank_in_table[place] - self._before_lane[source, lanes]
-        samples = np.empty_like(within)
+        samples, epochs = np.empty_like(within), np.empty_like(within)
         for s, order in enumerate(self._sources):
             chosen = source == s
             samples[chosen] = order.samples(within[chosen], lanes[chosen])
-        return source, samples
+            epochs[chosen] = order.epochs(within[chosen])
+        return source, samples, epochs

@@ -22,7 +22,7 @@ from data_prep.manifest import Manifest
 from data_prep.pairs import PairBlock, PairReader
 from pretrain.config.source import DataConfig, PairsConfig
 from pretrain.data.batch import Batch
-from pretrain.data.bijection import as_keys, derive, permute, stream_key
+from pretrain.data.bijection import U64Array, as_keys, derive, permute, stream_key
 from pretrain.data.stored import StoredSplit
 from pretrain.errors import UserError
 
@@ -75,6 +75,10 @@ class PairSource(StoredSplit[PairReader]):
 
         Raises IndexError for unknown ids, DataCorruption for a shard that fails its check at first use.
         """
+        return self.get_in_epoch(sample_ids, np.zeros_like(sample_ids))
+
+    def get_in_epoch(self, sample_ids: NDArray[np.int64], epochs: NDArray[np.int64]) -> Batch:
+        """The pairs with the negatives that are theirs in epochs [B]; see `get`."""
         self._require_ids(sample_ids, len(self), "pairs")
         n, count = self.config.negatives_per_query, len(sample_ids)
         queries = _Rows(count, self.config.query_length, self._stored.pad_id)
@@ -84,14 +88,14 @@ class PairSource(StoredSplit[PairReader]):
         negative_ids = np.zeros((count, n), np.uint64)
         shards = np.searchsorted(self._first_item, sample_ids, side="right") - 1
         places = sample_ids - self._first_item[shards]
-        for row, (sample, shard, place) in enumerate(zip(sample_ids.tolist(), shards.tolist(), places.tolist(),
-                                                         strict=True)):
+        keys = derive(derive(self._negatives_key, epochs.astype(np.uint64)), sample_ids.astype(np.uint64))
+        for row, (shard, place) in enumerate(zip(shards.tolist(), places.tolist(), strict=True)):
             number, at = divmod(place, self.split.block_pairs)
             block = self._opened(shard).block(number)
             self._put(queries, row, block.text("q", at))
             self._put(positives, row, block.text("p", at))
             ids[row] = block.ids[at]
-            for column, drawn in enumerate(self._draw(sample, block, at)):
+            for column, drawn in enumerate(self._draw(keys[row:row + 1], block, at)):
                 self._put(negatives, row * n + column, block.text("n", drawn))
                 negative_ids[row, column] = block.n_ids[drawn]
         tensors = {**queries.tensors("query", (count,)), **positives.tensors("positive", (count,)),
@@ -103,13 +107,12 @@ class PairSource(StoredSplit[PairReader]):
             tensors["negative_mask"] = tensors["negative_attention_mask"].any(-1)
         return Batch(torch.from_numpy(sample_ids.astype(np.int64)), tensors)
 
-    def _draw(self, sample: int, block: PairBlock, at: int) -> list[int]:
-        """Negatives of a pair, without replacement, in an order that depends on seed and sample id alone."""
+    def _draw(self, key: U64Array, block: PairBlock, at: int) -> list[int]:
+        """Negatives of a pair, without replacement, in an order that `key` [1] decides."""
         first, stop = block.n_offsets[at:at + 2].tolist()
         available, wanted = stop - first, min(self.config.negatives_per_query, stop - first)
         if wanted == 0:
             return []
-        key = derive(self._negatives_key, np.array([sample], np.uint64))
         drawn: list[int] = permute(np.arange(wanted, dtype=np.uint64), available, key).astype(np.int64).tolist()
         return [first + number for number in drawn]
 

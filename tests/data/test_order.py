@@ -218,3 +218,28 @@ def test_impossible_orders_are_refused(size, batch, order, key):
 def test_a_part_too_small_for_the_period_is_refused_with_a_cure():
     with pytest.raises(ConfigError, match=r"raise data\.source\.period to 1001"):
         quota_table([999, 1], 100)
+
+
+@pytest.mark.parametrize(("sizes", "lanes", "chunk", "weights", "period"), [
+    ([17], 1, 1, [1.0], 1), ([40], 4, 1, [1.0], 1), ([41], 2, 3, [1.0], 1), ([17, 9], 1, 1, [2.0, 1.0], 3),
+    ([24, None], 2, 2, [1.0, 1.0], 2)])
+def test_epochs_count_how_often_a_sample_was_served_before(sizes, lanes, chunk, weights, period):
+    """Exactly where an epoch leaves nothing out, else at least as often."""
+    order = GlobalOrder(sizes, global_batch_size=4, seed=3, order=OrderConfig(lanes=lanes, chunk_windows=chunk),
+                        weights=weights, period=period)
+    seen, exact = Counter(), all(size is None or size % (lanes * chunk) == 0 for size in sizes)
+    lane_rows = 4 // lanes
+    for k in range(60):
+        epochs = order.epochs(k, 0, 4)
+        assert np.array_equal(np.concatenate([order.epochs(k, 0, 3), order.epochs(k, 3, 4)]), epochs)
+        for row, (source, sample, epoch) in enumerate(zip(*(x.tolist() for x in (*order.positions(k, 0, 4), epochs)),
+                                                          strict=True)):
+            if sizes[source] is None:
+                assert epoch == 0
+            elif len(sizes) == 1:
+                share = sizes[0] // chunk // lanes * chunk  # places of a lane in an epoch
+                assert epoch == (k * lane_rows + row % lane_rows) // share
+                assert not exact or epoch == seen[source, sample]
+            else:
+                assert not exact or lanes > 1 or epoch == seen[source, sample]
+            seen[source, sample] += 1

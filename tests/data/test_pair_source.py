@@ -10,7 +10,7 @@ from data_prep.manifest import Manifest, PairsRecord, write_manifest
 from data_prep.pairs import PairWriter, TokenPair
 from pretrain.config.run import ResolvedBatch
 from pretrain.config.source import DataConfig, OrderConfig
-from pretrain.data.loader import UpdateLoader
+from pretrain.data.loader import UpdateLoader, read_rows
 from pretrain.data.mixture import MixtureSource
 from pretrain.data.open import eval_batches, open_source
 from pretrain.data.order import GlobalOrder
@@ -88,6 +88,40 @@ def test_negatives_depend_on_seed_and_sample_id_alone(folder):
     assert len({tuple(draws[seed].flatten().tolist()) for seed in range(40)}) == 40
     # Pairs with the same number of negatives do not all draw the same places.
     assert len({tuple(row) for row in (at_once[4::5] % 1000).tolist()}) > 1
+
+
+def test_every_epoch_draws_other_negatives_and_only_these_change(folder):
+    source = open_pairs(folder)
+    everything = np.arange(N)
+    epochs = [source.get_in_epoch(everything, np.full(N, epoch)).tensors for epoch in range(30)]
+    assert torch.equal(epochs[0]["negative_ids"], source.get(everything)["negative_ids"])
+    assert len({tuple(epoch["negative_ids"].flatten().tolist()) for epoch in epochs}) == 30
+    assert {int(epoch["negative_ids"][4, 0]) for epoch in epochs} == {4000, 4001, 4002, 4003}
+    for epoch in epochs[1:]:
+        assert all(torch.equal(epoch[name], epochs[0][name]) for name in epoch if not name.startswith("negative_"))
+    rows, at = [0, 4, 9, 14, 4], [3, 0, 7, 7, 12]
+    mixed = source.get_in_epoch(np.array(rows), np.array(at))["negative_ids"]
+    assert mixed.tolist() == [epochs[e]["negative_ids"][r].tolist() for r, e in zip(rows, at, strict=True)]
+
+
+def test_the_loader_serves_each_pair_as_it_is_in_its_epoch(folder):
+    source = open_pairs(folder)
+    served = batches_of(source, 2)
+    ids, negatives = (torch.cat([batch[name] for batch in served]) for name in ("source_ids", "negative_ids"))
+    for position, (sample, found) in enumerate(zip(ids.tolist(), negatives, strict=True)):
+        want = source.get_in_epoch(np.array([sample]), np.array([position // N]))["negative_ids"][0]
+        assert torch.equal(found, want)
+    mixture = MixtureSource([source, open_pairs(folder, seed=1)], weights=[1, 1], period=2)
+    order = GlobalOrder([N, N], global_batch_size=BATCH, seed=5, order=OrderConfig(), weights=[1, 1], period=2)
+    times: dict[tuple[int, int], int] = {}
+    for k in range(10):
+        batch = read_rows(mixture, order, k, 0, BATCH)
+        for part, sample, found in zip(batch["source_index"].tolist(), batch["source_ids"].tolist(),
+                                       batch["negative_ids"], strict=True):
+            epoch = times.get((part, sample), 0)
+            times[part, sample] = epoch + 1
+            want = mixture.parts[part].get_in_epoch(np.array([sample]), np.array([epoch]))["negative_ids"][0]
+            assert torch.equal(found, want)
 
 
 def batches_of(source, world, *, start=0, workers=0):

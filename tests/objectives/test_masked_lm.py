@@ -17,7 +17,8 @@ V, T, MASK, SPECIAL = 200, 64, 5, (0, 1, 2)
 
 
 def objective(**changes):
-    return MaskedLM(MaskedLMConfig.model_validate({"mask_id": MASK, "special_ids": SPECIAL, "vocab_size": V, **changes}))
+    values = {"mask_id": MASK, "special_ids": SPECIAL, "vocab_size": V}
+    return MaskedLM(MaskedLMConfig.model_validate({**values, **changes}))
 
 
 def windows(rows=64, first=0):
