@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from evaluation.target import DTYPES, Target, cast_parameters
-from pretrain.config.registry import FAMILIES, resolve
-from pretrain.models.base import BuildContext, Family
+from evaluation.untrained import untrained
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,8 @@ VARIANTS = (
     Variant("backbone_without_attention", "no adapter, attention off: nothing can be carried to the answer",
             {**_BARE, "disable_attn": True}),
     Variant("backbone", "no adapter, attention on: the untouched backbone", {**_BARE, "disable_attn": False}),
-    Variant("attention_on", "this adapter with the backbone's attention", {"disable_attn": False}),
+    Variant("attention_on", "this adapter with the backbone's attention",
+            {"disable_attn": False, "kiss_ridge_calib": False}),
 )
 
 
@@ -41,10 +42,12 @@ def variants(target: Target) -> Iterator[tuple[Variant, Target]]:
     if target.config is None:
         return
     model = target.config.model
-    trained_attention = getattr(getattr(model, "backbone", None), "weights", None) is not None
+    weights = getattr(getattr(model, "backbone", None), "weights", None)
+    trained_attention = weights is not None and Path(weights).is_dir()
     for variant in VARIANTS:
         known = all(hasattr(model, key) for key in variant.changes)
-        same = known and all(getattr(model, key) == value for key, value in variant.changes.items())
+        same = known and all(getattr(model, key) == value for key, value in variant.changes.items()
+                             if key != "kiss_ridge_calib")
         if known and not same and (trained_attention or variant.changes["disable_attn"]):
             yield variant, rebuilt(target, variant.changes)
 
@@ -54,12 +57,10 @@ def rebuilt(target: Target, changes: Mapping[str, Any]) -> Target:
     """The target's model with other keys of its schema, and its own weights wherever both have them."""
     assert target.config is not None
     config = target.config.model_copy(update={"model": target.config.model.model_copy(update=dict(changes))})
-    family: Family = resolve(FAMILIES, config.model.family, "model.family")
-    model = family.build(config.model, BuildContext(seed=config.seed, document_masking=config.data.document_masking))
+    model = untrained(config, target.device)
     own, theirs = model.state_dict(), target.model.state_dict()
     for name, value in own.items():
         if name in theirs and theirs[name].shape == value.shape:
             value.copy_(theirs[name])
     cast_parameters(model, DTYPES[target.dtype])
-    model = model.to(target.device).eval()
     return replace(target, model=model, module=model, config=config)

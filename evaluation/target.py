@@ -22,6 +22,7 @@ from data_prep.manifest import TOKENIZER
 from data_prep.manifest import Manifest as DatasetManifest
 from data_prep.tokenizer import load_tokenizer
 from evaluation.plain import PlainCausalLM
+from evaluation.untrained import untrained
 from pretrain.config.load import load_run_config
 from pretrain.config.presets import list_presets
 from pretrain.config.registry import FAMILIES, resolve
@@ -171,12 +172,11 @@ def _from_checkpoint(ref: CheckpointRef, folder: RunFolder, path: Path, kind: Ki
 
 
 def _from_config(text: str, sets: Sequence[str], dtype: str, device: torch.device) -> Target:
-    """The model of a config before its first step, without what hooks do before training (calibration)."""
+    """The model of a config before its first step."""
     config = load_run_config(text, sets).config
     family: Family = resolve(FAMILIES, config.model.family, "model.family")
-    model = family.build(config.model, BuildContext(seed=config.seed, document_masking=config.data.document_masking))
+    model = untrained(config, device)
     cast_parameters(model, DTYPES[dtype])
-    model = model.to(device).eval()
     tokenizer, sha, eos = dataset_tokenizer(config)
     return Target(Path(text), "config", model, model, dtype, device, config.model.vocab_size, config.model.max_seq_len,
                   tokenizer, sha, eos, config, controls=family.hooks(config).controls(0),

@@ -99,6 +99,7 @@ class Reporter:
             if metric.ci is not None:
                 row[f"{name}/low"], row[f"{name}/high"] = metric.ci
         self.writer.write(row)
+        self.diagnose({key: value for key, value in row.items() if isinstance(value, (int, float))})
         _log.info("step %d: %s", state.step, ", ".join(f"{name} {m.value:.4f}" for name, m in results.items()))
 
     def rewound(self, state: RunState, progress: Progress, rewind: Rewind) -> None:

@@ -68,6 +68,9 @@ def choose(config: RunConfig, world: World) -> tuple[Family, ResolvedBatch, Prec
     if config.objective.name not in family.objectives:
         raise ConfigError("objective.name", f"{config.objective.name} does not train {family.name} models; "
                           f"use one of {', '.join(sorted(family.objectives))}")
+    if not config.model.parameter_count().trainable:
+        raise UserError(f"{config.name}: the model has nothing to train; evaluate it as it is with "
+                        "`pretrain eval CONFIG`")
     return family, config.batch.resolve(world.size), choose_precision(config, world)
 
 
