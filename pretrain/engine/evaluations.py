@@ -49,7 +49,8 @@ class Evaluations:
             select: bool = True) -> bool:
         """Run `evaluators` (the `whole` list, or those that are due). True where the run's metric improved. Collective.
 
-        Without `select` figures are only written: nothing is drawn from them. Where a request to stop comes in between, none of their results counts: they are `owed` by the state.
+        Without `select` figures are only written: nothing is drawn from them. Where a request to stop comes in between,
+        none of their results counts: they are `owed` by the state.
         """
         controls = self.hooks.controls(state.step)
         results: dict[str, Metric] = {}
