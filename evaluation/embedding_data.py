@@ -12,7 +12,7 @@ from typing import Any
 
 from data_prep.manifest import Manifest
 from data_prep.pairs import stored_pairs
-from data_prep.sources import open_text
+from data_prep.reading import open_text
 from pretrain.errors import UserError
 
 _SCORE_NAMES = ("score", "label", "similarity_score")

@@ -56,6 +56,10 @@ class Request:
     """Task needle: a run of the matched adapter without memory."""
     sets: tuple[str, ...] = ()
     """Task needle: changes of the task."""
+    heads: tuple[str, ...] = ()
+    """Encoders: `HEAD` or `HEAD:DIM`; none: every head."""
+    pool: int | None = None
+    """Task retrieval on a split of pairs: passages searched."""
 
 
 def evaluate_perplexity(target: Target, request: Request, command: list[str]) -> Results:

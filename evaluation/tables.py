@@ -27,6 +27,24 @@ def metrics_table(results: Results) -> Table:
     return table
 
 
+def vectors_table(results: Results) -> Table:
+    """Tasks of encoders: one line a head (and dimension, and reference), a column a figure."""
+    rows: dict[str, dict[str, MetricRecord]] = {}
+    for name, metric in results.metrics.items():
+        _, vectors, figure = name.split("/", 2)
+        rows.setdefault(vectors, {})[figure] = metric
+    figures = list(dict.fromkeys(figure for row in rows.values() for figure in row))
+    table = Table(title=f"{results.task} of {results.target} on {results.dataset['path']}, {results.dtype}",
+                  title_justify="left")
+    for name in ("vectors", *figures):
+        table.add_column(name, justify="right" if name in figures else "left")
+    for vectors, row in rows.items():
+        # One interval a line: that of the first figure, by which lines are compared.
+        table.add_row(vectors, *(with_interval(row.get(figure), 4) if figure == figures[0] else
+                                 "-" if figure not in row else f"{row[figure].value:.4f}" for figure in figures))
+    return table
+
+
 def comparison_table(results: Results, box: Box = HEAVY_HEAD) -> Table:
     """The model beside its n-gram baselines."""
     table = Table(title="beside n-gram baselines on the same tokens", title_justify="left", box=box)

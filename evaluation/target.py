@@ -16,18 +16,19 @@ from typing import Any, Literal
 
 import torch
 from tokenizers import Tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from data_prep.manifest import TOKENIZER
 from data_prep.manifest import Manifest as DatasetManifest
 from data_prep.tokenizer import load_tokenizer
 from evaluation.plain import PlainCausalLM
+from evaluation.plain_encoder import PlainEncoder, is_encoder_folder, max_length_of, pooling_of
 from evaluation.untrained import untrained
 from pretrain.config.load import load_run_config
 from pretrain.config.presets import list_presets
 from pretrain.config.registry import FAMILIES, resolve
 from pretrain.config.run import RunConfig
-from pretrain.config.source import ShardsConfig
+from pretrain.config.source import PairsConfig, ShardsConfig
 from pretrain.config.suggest import nearest
 from pretrain.engine.consolidate import load_weights
 from pretrain.errors import DataCorruption, UserError
@@ -69,6 +70,8 @@ class Target:
     """Values of the family's hooks at this step, which its forward was called with in training."""
     provenance: dict[str, Any] = field(default_factory=dict)
     """What an export says of its own origin."""
+    encodes: bool = False
+    """Whether it gives vectors of texts, by the contract of `EncoderOutput`, and not probabilities of tokens."""
 
     def forward(self, *, controls: Mapping[str, float] | None = None, **inputs: Any) -> Any:
         """The model's forward as training calls it; `controls` come on top of those of its step."""
@@ -168,7 +171,8 @@ def _from_checkpoint(ref: CheckpointRef, folder: RunFolder, path: Path, kind: Ki
     model = model.to(device).eval()
     tokenizer, sha, eos = dataset_tokenizer(config)
     return Target(path, kind, model, model, dtype, device, config.model.vocab_size, config.model.max_seq_len, tokenizer,
-                  sha, eos, config, ref, folder, manifest, weights_sha256, controls)
+                  sha, eos, config, ref, folder, manifest, weights_sha256, controls,
+                  encodes=config.model.kind == "encoder")
 
 
 def _from_config(text: str, sets: Sequence[str], dtype: str, device: torch.device) -> Target:
@@ -180,7 +184,7 @@ def _from_config(text: str, sets: Sequence[str], dtype: str, device: torch.devic
     tokenizer, sha, eos = dataset_tokenizer(config)
     return Target(Path(text), "config", model, model, dtype, device, config.model.vocab_size, config.model.max_seq_len,
                   tokenizer, sha, eos, config, controls=family.hooks(config).controls(0),
-                  provenance={"step": 0, "train_tokens": 0})
+                  provenance={"step": 0, "train_tokens": 0}, encodes=config.model.kind == "encoder")
 
 
 @torch.no_grad()
@@ -212,7 +216,7 @@ def cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> None:
 def dataset_tokenizer(config: RunConfig) -> tuple[Tokenizer | None, str | None, int | None]:
     """(tokenizer, its SHA-256, end-of-text id) of the dataset a run trains on; None where it is not a dataset here."""
     source = config.data.source
-    if not isinstance(source, ShardsConfig) or not (Path(source.path) / TOKENIZER).is_file():
+    if not isinstance(source, ShardsConfig | PairsConfig) or not (Path(source.path) / TOKENIZER).is_file():
         return None, None, None
     manifest = DatasetManifest.read(Path(source.path))
     return load_tokenizer(Path(source.path) / TOKENIZER), manifest.tokenizer_sha256, manifest.eos_id
@@ -230,13 +234,16 @@ def _from_pretrained(path: Path, dtype: str, device: torch.device, trust_remote_
     check_files(path, provenance)
     if not any(path.glob("*.safetensors")):
         raise UserError(f"{path}: has no .safetensors file; pickled weights are not loaded here, convert them first")
+    encoder = False
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
-        model, info = AutoModelForCausalLM.from_pretrained(
+        encoder = is_encoder_folder(path, config.architectures)
+        model, info = (AutoModel if encoder else AutoModelForCausalLM).from_pretrained(
             path, config=config, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code, local_files_only=True,
             use_safetensors=True, output_loading_info=True)
     except (ValueError, OSError, KeyError) as error:
-        raise UserError(f"{path}: cannot be loaded as a causal language model ({str(error).splitlines()[0]})") from None
+        what = "an encoder" if encoder else "a causal language model"
+        raise UserError(f"{path}: cannot be loaded as {what} ({str(error).splitlines()[0]})") from None
     lost = [*info["missing_keys"], *info.get("mismatched_keys", [])]
     if lost:
         raise DataCorruption(f"{path}: the weights do not fill the architecture of config.json: "
@@ -244,13 +251,16 @@ def _from_pretrained(path: Path, dtype: str, device: torch.device, trust_remote_
     model = model.to(device).eval()
     ours = type(model).__module__.startswith("pretrain.models.")
     file = path / TOKENIZER
-    eos = model.generation_config.eos_token_id if model.generation_config is not None else config.eos_token_id
+    generation = getattr(model, "generation_config", None)
+    eos = generation.eos_token_id if generation is not None else config.eos_token_id
+    plain = PlainEncoder(model, pooling_of(path)) if encoder and not ours else PlainCausalLM(model)
+    longest = max_length_of(path) or getattr(config, "max_position_embeddings", None)
     return Target(
-        path, "export" if provenance else "huggingface", model, model if ours else PlainCausalLM(model).eval(), dtype,
-        device, int(config.get_text_config().vocab_size), getattr(config, "max_position_embeddings", None),
+        path, "export" if provenance else "huggingface", model, model if ours else plain.eval(), dtype,
+        device, int(config.get_text_config().vocab_size), longest,
         load_tokenizer(file) if file.is_file() else None, hash_file(file) if file.is_file() else None,
         eos[0] if isinstance(eos, list) else eos, weights_sha256=hash_weights(path),
-        controls=provenance.get("controls", {}) if ours else {}, provenance=provenance)
+        controls=provenance.get("controls", {}) if ours else {}, provenance=provenance, encodes=encoder)
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:

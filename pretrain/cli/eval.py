@@ -23,6 +23,9 @@ class Task(StrEnum):
 
     PERPLEXITY = "perplexity"
     NEEDLE = "needle"
+    STS = "sts"
+    RETRIEVAL = "retrieval"
+    COLLAPSE = "collapse"
     GATES = "gates"
 
 
@@ -39,19 +42,25 @@ TargetArgument = Annotated[str, typer.Argument(metavar="TARGET", show_default=Fa
 StepOption = Annotated[int | None, typer.Option("--step", help="Of a run: this checkpoint instead of the newest.")]
 BestOption = Annotated[bool, typer.Option("--best", help="Of a run: the checkpoint that was best on validation.")]
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Of weights and activations.")]
+HeadOption = Annotated[list[str], typer.Option("--head", metavar="HEAD[:DIM]", show_default=False, default_factory=list,
+                                               help="Encoders: this head, cut to DIM coordinates; may be repeated.")]
 RemoteCodeOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the folder.")]
 
 
 def evaluate(target: TargetArgument, *,
              task: Annotated[Task, typer.Option("--task", "--suite", help="What to evaluate.")] = Task.PERPLEXITY,
-             data: Annotated[Path | None, typer.Option(help="Dataset folder; default: the run's own.")] = None,
+             data: Annotated[Path | None, typer.Option(help="Dataset (task sts: file of pairs); default: the run's "
+                                                       "own.")] = None,
              split: Annotated[str | None, typer.Option(help="Split of the dataset; default: val.")] = None,
              seq_len: Annotated[int | None, typer.Option(min=2, help="Tokens a window; default: the run's.")] = None,
              dtype: DtypeOption = Dtype.FP32,
              batch_size: Annotated[int | None, typer.Option(min=1, help="Windows a forward.")] = None,
              max_windows: Annotated[int | None, typer.Option(min=1, help="Windows, or needles, of the split.")] = None,
              samples: Annotated[int, typer.Option(min=0, max=64, help="Texts to write as well.")] = 0,
-             baselines: Annotated[bool, typer.Option("--baselines", help="N-grams of order 1 to 3 too.")] = False,
+             baselines: Annotated[bool, typer.Option("--baselines", help="N-grams too; of encoders BM25, the untrained "
+                                                     "model, all-MiniLM-L6-v2.")] = False,
+             head: HeadOption,
+             pool: Annotated[int | None, typer.Option(min=2, help="Task retrieval: passages searched.")] = None,
              controls: Annotated[bool, typer.Option("--controls", help="Task needle: every control too.")] = False,
              null: Annotated[str | None, typer.Option(help="Task needle: run of the adapter without memory.")] = None,
              sets: SetOption,
@@ -68,6 +77,7 @@ def evaluate(target: TargetArgument, *,
     """
     from transformers.utils import logging
 
+    from evaluation.embedding_eval import evaluate_collapse, evaluate_retrieval, evaluate_sts
     from evaluation.needle_eval import evaluate_needle
     from evaluation.offline import Request, default_folder, evaluate_gates, evaluate_perplexity
     from evaluation.samples import SAMPLING
@@ -77,9 +87,10 @@ def evaluate(target: TargetArgument, *,
                          sets=sets)
     request = Request(data=data, split=split, seq_len=seq_len, batch_size=batch_size, max_windows=max_windows,
                       baselines=baselines, texts=samples, seed=seed, controls=controls, null=null, sets=tuple(sets),
-                      sampling=replace(SAMPLING, seed=seed))
+                      sampling=replace(SAMPLING, seed=seed), heads=tuple(head), pool=pool)
     command = ["pretrain", *sys.argv[1:]]
-    tasks = {Task.PERPLEXITY: evaluate_perplexity, Task.NEEDLE: evaluate_needle, Task.GATES: evaluate_gates}
+    tasks = {Task.PERPLEXITY: evaluate_perplexity, Task.NEEDLE: evaluate_needle, Task.GATES: evaluate_gates,
+             Task.STS: evaluate_sts, Task.RETRIEVAL: evaluate_retrieval, Task.COLLAPSE: evaluate_collapse}
     results = tasks[task](opened, request, command)
     folder = out or default_folder(opened, request, results)
     path = results.write(folder) if folder is not None else None
@@ -96,9 +107,12 @@ def _show(results: Results, path: Path | None) -> None:
     from rich.console import Console
 
     from evaluation.needle_tables import needle_tables
-    from evaluation.tables import comparison_table, details_table, metrics_table
+    from evaluation.tables import comparison_table, details_table, metrics_table, vectors_table
     console = Console()
-    console.print(details_table(results) if results.task == Task.GATES else metrics_table(results))
+    if results.task in (Task.STS, Task.RETRIEVAL, Task.COLLAPSE):
+        console.print(vectors_table(results))
+    else:
+        console.print(details_table(results) if results.task == Task.GATES else metrics_table(results))
     for part in needle_tables(results) if results.task == Task.NEEDLE else ():
         console.print(part, highlight=False)
     if results.baselines:

@@ -1,0 +1,114 @@
+"""Many texts to vectors in a file."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from data_prep.reading import open_text
+from evaluation.embedding_eval import Encoder
+from evaluation.vectors import Alone, encode, shorten
+from pretrain.config.suggest import nearest
+from pretrain.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class _Shared(Alone):
+    """One of several processes with the same model."""
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum over processes, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+
+def embed_texts(encoder: Encoder, texts: Sequence[str], head: str | None, dim: int | None,
+                place: tuple[int, int]) -> tuple[str, torch.Tensor]:
+    """(name of the head, unit vectors fp32 [n, d] on every rank), in the order of `texts`. Collective.
+
+    `place` is (rank, world). Raises UserError for a head or dimension that the model does not have, and for no texts.
+    """
+    if not texts:
+        raise UserError("there is no text to embed")
+    rank, world = place
+    view = _Shared(encoder.target.forward, encoder.target.device, rank, world)
+    rows = encoder.tokens(texts)
+    with Progress(TextColumn("embedding"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+                  disable=rank > 0, transient=True) as bar:
+        task = bar.add_task("", total=-(-len(rows) // world))
+        found = encode(view, rows, pad_id=encoder.tokens.pad_id, heads=None if head is None else [head],
+                       batch_size=encoder.batch_size, progress=lambda n: bar.advance(task, n))
+    name, vectors = next(iter(found.items()))
+    return name, shorten(vectors, dim).cpu()
+
+
+def read_texts(path: Path, column: str) -> list[str]:
+    """Texts of a file: lines of .txt, else a column of .csv, .tsv, .jsonl (plain, .gz, .zst) or .parquet.
+
+    Raises UserError naming file, line and column.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such file")
+    suffix = next((s for s in reversed(path.suffixes) if s not in (".gz", ".zst", ".zstd")), "")
+    if suffix == ".parquet":
+        from datasets import Dataset
+        table = Dataset.from_parquet(str(path))
+        if column not in table.column_names:
+            raise UserError(f'{path}: has no column "{column}"{nearest(column, table.column_names)}; it has '
+                            f"{', '.join(table.column_names)}")
+        return [str(value) for value in table[column]]
+    if suffix not in (".txt", ".csv", ".tsv", ".jsonl"):
+        raise UserError(f"{path}: .txt, .csv, .tsv, .jsonl or .parquet would be right")
+    with open_text(path) as stream:
+        lines = io.TextIOWrapper(stream, "utf-8-sig", newline="" if suffix in (".csv", ".tsv") else None)
+        if suffix == ".txt":
+            return [line.rstrip("\n") for line in lines if line.strip()]
+        if suffix == ".jsonl":
+            return [_field(path, number, json.loads(line), column) for number, line in enumerate(lines, 1)
+                    if line.strip()]
+        table = csv.DictReader(lines, delimiter="," if suffix == ".csv" else "\t")
+        return [_field(path, table.line_num, row, column) for row in table]
+
+
+def _field(path: Path, line: int, row: object, column: str) -> str:
+    if not isinstance(row, dict) or not isinstance(row.get(column), str):
+        known = ", ".join(map(str, row)) if isinstance(row, dict) else "no fields"
+        raise UserError(f'{path}:{line}: has no text in "{column}"; it has {known}')
+    return str(row[column])
+
+
+def write_vectors(path: Path, texts: Sequence[str], vectors: torch.Tensor) -> None:
+    """Write vectors [n, d] fp32: .npy (the array), .npz (ids, vectors), .parquet and .jsonl (text, vector)."""
+    array = vectors.numpy()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".tmp-{path.name}")
+    try:
+        if path.suffix == ".npy":
+            with temporary.open("wb") as file:
+                np.save(file, array)
+        elif path.suffix == ".npz":
+            with temporary.open("wb") as file:
+                np.savez(file, ids=np.arange(len(array)), vectors=array)
+        elif path.suffix == ".parquet":
+            from datasets import Dataset, disable_progress_bars
+            disable_progress_bars()
+            Dataset.from_dict({"text": list(texts), "vector": array.tolist()}).to_parquet(str(temporary))
+        else:
+            with temporary.open("w", encoding="utf-8") as out:
+                for text, vector in zip(texts, array.tolist(), strict=True):
+                    out.write(json.dumps({"text": text, "vector": vector}, ensure_ascii=False) + "\n")
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+    finally:
+        temporary.unlink(missing_ok=True)
