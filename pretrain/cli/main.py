@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("pretrain.cli.train:train", "Train, or go on with, the run that a config describes."),
     "eval": ("pretrain.cli.eval:evaluate", "Evaluate a run, checkpoint, export or Hugging Face folder."),
     "sweep": ("pretrain.cli.sweep:sweep", "Train presets x variants x seeds; one table with paired differences."),
+    "embed": ("pretrain.cli.embed:embed", "Vectors of texts."),
     "export": ("pretrain.cli.export:export", "Write safetensors, config, tokenizer and model card, and prove them."),
     "generate": ("pretrain.cli.generate:generate", "Continue a text."),
     "estimate": ("pretrain.cli.estimate:estimate", "Parameters, memory a rank, FLOPs and hours before anything runs."),
