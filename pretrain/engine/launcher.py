@@ -24,6 +24,10 @@ from pretrain.errors import ExitCode, UserError
 _FORWARDED = {signal.SIGTERM: signal.SIGTERM, signal.SIGINT: signal.SIGINT, signal.SIGUSR1: signal.SIGUSR1,
               signal.SIGHUP: signal.SIGTERM}
 """What we receive -> what the ranks get. A terminal that goes away asks for a checkpoint too."""
+_HINTS: dict[int, str] = {
+    signal.SIGKILL: "; out of memory, perhaps",
+    signal.SIGBUS: "; a file that it had mapped has become shorter: a data shard, perhaps (the next start checks them)"}
+"""What a signal that killed a rank may come from."""
 _INTERRUPT_GRACE_S = 5.0
 _PR_SET_PDEATHSIG = 1
 
@@ -122,8 +126,8 @@ class _Group:
             self.deadline = min(self.deadline, time.monotonic() + self.grace_s)
             _kill_group(rank)  # its loader processes, where it could not stop them itself
             if code < 0:
-                hint = "; out of memory, perhaps" if -code == signal.SIGKILL else ""
-                print(f"error: rank {index} was killed by {signal.Signals(-code).name}{hint}", file=sys.stderr)
+                print(f"error: rank {index} was killed by {signal.Signals(-code).name}{_HINTS.get(-code, '')}",
+                      file=sys.stderr)
         return len(self.ended) < len(self.ranks)
 
     def kill(self) -> None:

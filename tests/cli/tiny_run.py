@@ -37,7 +37,7 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def make_dataset(folder: Path, seed: int = 0) -> Path:
+def make_dataset(folder: Path, seed: int = 0, blocks_per_shard: int = 20) -> Path:
     """Text, tokenizer and shards (three of train) under `folder`; the dataset is `folder`/set."""
     draw = random.Random(seed)
     text = folder / "text"
@@ -46,8 +46,8 @@ def make_dataset(folder: Path, seed: int = 0) -> Path:
         (text / f"{number:03d}.txt").write_text(" ".join(draw.choices(WORDS, k=300)) + "\n")
     prepare(PrepConfig.model_validate({
         "out": str(folder / "set"), "sources": [{"kind": "text", "name": "words", "path": str(text)}],
-        "splits": {"val": 0.15}, "tokenizer": {"vocab_size": 300}, "block_tokens": 512, "blocks_per_shard": 20,
-        "workers": 1}))
+        "splits": {"val": 0.15}, "tokenizer": {"vocab_size": 300}, "block_tokens": 512,
+        "blocks_per_shard": blocks_per_shard, "workers": 1}))
     return folder / "set"
 
 

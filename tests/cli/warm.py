@@ -79,7 +79,7 @@ class Warm:
 
     def __post_init__(self) -> None:
         environment = dict(os.environ, OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", PYTHONPATH=str(ROOT),
-                           TOKENIZERS_PARALLELISM="false", NO_COLOR="1")
+                           TOKENIZERS_PARALLELISM="false", NO_COLOR="1", TORCH_CPP_LOG_LEVEL="ERROR")
         self.process = subprocess.Popen([sys.executable, "-m", "tests.cli.warm"], stdin=subprocess.PIPE,
                                         stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT)
         assert self.process.stdout is not None

@@ -61,15 +61,19 @@ class Case:
 
     def __init__(self, warm: Warm, folder: Path, *sets: str) -> None:
         self.warm, self.folder, self.sets = warm, folder, sets
-        self.root = folder / "runs/tiny"
-        self.run_folder = RunFolder(self.root)
+        self.use(folder / "runs/tiny")
+
+    def use(self, root: Path) -> None:
+        """The run folder is this one."""
+        self.root = root
+        self.run_folder = RunFolder(root)
 
     def start(self, *more: str, before: str = "") -> Forked:
         """The command."""
         words = [word for value in (*self.sets, *more) for word in ("--set", value)]
         return self.warm.start(self.folder, ["train", "tiny.yaml", *words], before=before, environment={})
 
-    def hit(self, point: Point, victim: Victim, *more: str) -> Forked:
+    def hit(self, point: Point, victim: Victim | str, *more: str) -> Forked:
         """Start, with everything ready to be hit at `point`; returns once the command has ended, and all its ranks."""
         for name in (REACHED, RANKS):
             (self.folder / name).unlink(missing_ok=True)

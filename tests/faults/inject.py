@@ -29,8 +29,11 @@ import psutil
 
 REACHED = "reached.jsonl"
 RANKS = "ranks.txt"
+DISK = "runs"
+"""Where a filesystem of its own may be mounted for the run."""
 BALLAST = "ballast"
 Victim = Literal["rank", "all", "launcher", "stop", "full disk", "file size", "read-only", "EROFS"]
+"""What is hit. Also `do:` and Python statements, in which `folder` is the working folder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +56,13 @@ class Point:
     """Name of the point at which an earlier start was killed, where this one is on the way of a restart."""
 
 
-def statements(point: Point, victim: Victim, folder: Path) -> str:
+def statements(point: Point, victim: Victim | str, folder: Path) -> str:
     """What a rank runs to be hit at `point`; notes about it are left in `folder`."""
     return (f"from tests.faults.inject import arm\n"
             f"arm({json.dumps(asdict(point))!r}, {victim!r}, {str(folder)!r})\n")
 
 
-def arm(point_json: str, victim: Victim, folder: str) -> None:
+def arm(point_json: str, victim: Victim | str, folder: str) -> None:
     """Let this process be hit, if it is the point's rank."""
     point = Point(**json.loads(point_json))
     notes = Path(folder)
@@ -110,9 +113,9 @@ def _wrap(point: Point, counted: Callable[..., bool], hit: Callable[[], None]) -
             setattr(loaded, name, wrapped)
 
 
-def _half_file(original: Callable[..., Any], content: Any, path: Any, *rest: Any) -> None:
-    original(content, path, *rest)
-    os.truncate(path, os.path.getsize(path) // 2)
+def _half_file(original: Callable[..., Any], content: Any, file: Any, *rest: Any) -> None:
+    original(content, file, *rest)
+    os.truncate(str(file), os.path.getsize(str(file)) // 2)  # a path, or a stream that says which file it is
 
 
 def _half_copy(original: Callable[..., Any], source: Path, target: Path, *rest: Any) -> None:
@@ -136,9 +139,11 @@ HALF: dict[str, Callable[..., None]] = {"save": _half_file, "save_file": _half_f
 """How half of a call is done, by the name of the function."""
 
 
-def strike(victim: Victim, notes: Path) -> None:
+def strike(victim: Victim | str, notes: Path) -> None:
     """Do to this rank, or to what it stands on, what `victim` says."""
-    if victim == "stop":
+    if victim.startswith("do:"):
+        exec(victim.removeprefix("do:").strip(), {"folder": notes, "os": os})
+    elif victim == "stop":
         os.kill(os.getpid(), signal.SIGSTOP)
     elif victim == "launcher":
         os.kill(os.getppid(), signal.SIGKILL)
@@ -150,12 +155,12 @@ def strike(victim: Victim, notes: Path) -> None:
                     rank.kill()
         os.kill(os.getpid(), signal.SIGKILL)
     elif victim == "full disk":
-        fill(notes / "disk-of-run")
+        fill(notes / DISK)
     elif victim == "file size":
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
     elif victim == "read-only":
-        subprocess.run(["mount", "-o", "remount,ro", str(notes / "disk-of-run")], check=True)
+        subprocess.run(["mount", "-o", "remount,bind,ro", str(notes / DISK / "tiny/checkpoints")], check=True)
     elif victim == "EROFS":
         _refuse_writes()
 
