@@ -11,7 +11,7 @@ from pretrain.config.presets import configs_dir, display_path, list_presets, pre
 from pretrain.config.yaml_io import read_yaml
 from pretrain.errors import UserError
 
-FILES = sorted((configs_dir() / "presets").glob("*.yaml"))
+FILES = sorted((configs_dir() / "presets").glob("*.yaml"), key=lambda path: path.stem)
 
 
 def test_presets_are_the_files_of_the_folder():
