@@ -63,7 +63,7 @@ _KEYS: tuple[tuple[Rule, tuple[str, ...]], ...] = (
             "train.target_perplexity", "train.patience", "train.gates_at_start", "engine.zero_stage",
             "engine.offload.optimizer", "engine.offload.parameters", "engine.activation_checkpointing",
             "engine.zero3_init", "checkpoint.every", "checkpoint.keep_last", "checkpoint.keep_best",
-            "checkpoint.keep_every", "checkpoint.mirror.path", "checkpoint.mirror.every",
+            "checkpoint.keep_every", "checkpoint.async_save", "checkpoint.mirror.path", "checkpoint.mirror.every",
             "eval.every", "eval.at_start", "eval.samples",
             "monitor.log_every", "monitor.tensorboard", "monitor.wandb", "monitor.wandb_project", "monitor.progress",
             "monitor.profile_steps", "monitor.peak_flops", "launch.nproc", "launch.port", "launch.timeout",

@@ -122,6 +122,8 @@ class CheckpointConfig(Section):
     keep_last: int = Field(3, ge=1, description="newest checkpoints kept")
     keep_best: int = Field(1, ge=0, description="checkpoints kept for being best on validation")
     keep_every: Interval | None = Field(None, description="checkpoints at multiples of this are kept for good")
+    async_save: bool = Field(False, description="write in the background: training waits for one copy of its state to "
+                             "host memory, which must have room for it")
     mirror: MirrorConfig | None = Field(None, description="copy of checkpoints to a second folder; null: none")
 
 

@@ -7,14 +7,14 @@
                 rng-R.safetensors  random state of rank R
                 probe.safetensors  one micro-batch;  probe.json: the figures the weights give on it, and where
 
-Written aside as `.tmp-fF-step-N`, hashed by the rank that wrote, fsynced, then renamed by rank 0.
+Written aside as `.tmp-fF-step-N` by a thread of every rank, hashed by the rank that wrote, fsynced, then renamed by
+rank 0. Training waits for that, or goes on meanwhile with a copy of the state being written (`checkpoint.async_save`).
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,17 +23,21 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from pretrain.engine import elastic, probe, rng
 from pretrain.engine.build import Engine
-from pretrain.engine.shards import PRIVATE, TAG
+from pretrain.engine.capture import captured
+from pretrain.engine.distributed import World
+from pretrain.engine.shards import TAG
+from pretrain.engine.writing import PartFile, TensorFile, TextFile, Writing, unwritable
 from pretrain.errors import DataCorruption, UserError
 from pretrain.runfolder.layout import CheckpointRef, RunFolder
 from pretrain.runfolder.lease import Lease
-from pretrain.runfolder.publish import Manifest, fsync, hash_file, replace_dir, require_space, write_json_atomic
+from pretrain.runfolder.publish import Manifest, json_text, replace_dir, require_space
 
-_RANK_FILE = re.compile(r"(?:zero_pp_rank_|rng-)(\d+)[_.]")
+_PATIENCE_S = 5.0
+"""Seconds between two looks at who is still writing: a collective of its own would give up on a slow disk."""
 _log = logging.getLogger("pretrain")
 
 
@@ -50,10 +54,60 @@ class Snapshot:
     controls: dict[str, float] = field(default_factory=dict)
 
 
-def save(engine: Engine, folder: RunFolder, lease: Lease | None, snapshot: Snapshot) -> CheckpointRef:
-    """Write and publish a checkpoint. Collective; returns it on every rank.
+class Saving:
+    """A checkpoint on its way to the disk: every rank writes its part in a thread, and nobody can see it yet."""
 
-    Raises UserError before anything is written where the disk is too full.
+    def __init__(self, world: World, folder: RunFolder, lease: Lease | None, temporary: Path, writing: Writing,
+                 facts: Mapping[str, Any]) -> None:
+        self._world = world
+        self._folder = folder
+        self._lease = lease
+        self._temporary = temporary
+        self._facts = facts
+        self.writing = writing
+        """This rank's part."""
+
+    def publish(self) -> CheckpointRef:
+        """Wait until every rank's part is written, and give the checkpoint its name. Collective; the same everywhere.
+
+        Raises UserError where a disk did not take it in: then nothing of it is left.
+        """
+        while not self._world.agree(self.writing.wait(_PATIENCE_S)):
+            pass
+        failed, unwritten = self._world.reduce_ints([int(self.writing.failed), self.writing.unwritten])
+        if failed:
+            self.writing.explain(unwritten)
+            self._world.on_main(self._discard)
+        parts = self._world.gather_objects(self._world.all_or_none(self.writing.hashes))
+        return self._world.on_main(lambda: self._name({name: own for part in parts for name, own in part.items()}))
+
+    def _name(self, hashes: Mapping[str, str]) -> CheckpointRef:
+        self._refuse_if_taken_over()
+        fence = _held(self._lease).fence
+        ref = self._folder.final_checkpoint(int(self._facts["step"]), fence)
+        try:
+            Manifest.collect(self._temporary, hashes, fence=fence, **self._facts).write(self._temporary)
+            replace_dir(self._temporary, ref.path)
+            self._folder.write_pointer("latest", ref)
+        except OSError as error:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+            raise unwritable(error) from None
+        return ref
+
+    def _discard(self) -> None:
+        self._refuse_if_taken_over()
+        shutil.rmtree(self._temporary, ignore_errors=True)
+
+    def _refuse_if_taken_over(self) -> None:
+        if not _held(self._lease).still_held():
+            raise UserError(f"{self._folder.root}: another process took this run over; nothing more is written here")
+
+
+def begin(engine: Engine, folder: RunFolder, lease: Lease | None, snapshot: Snapshot, *, to_host: bool) -> Saving:
+    """Take the state as it is now and begin to write it. Collective.
+
+    With `to_host` training may go on at once: the state is copied to host memory first. Without, nothing may change it
+    before the checkpoint is published. Raises UserError before anything is written where the disk is too full.
     """
     world = engine.world
     step = int(snapshot.state["step"])
@@ -61,29 +115,22 @@ def save(engine: Engine, folder: RunFolder, lease: Lease | None, snapshot: Snaps
 
     def prepare() -> None:
         require_space(folder.checkpoints_dir, expected_bytes(engine))
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            (temporary / TAG).mkdir(parents=True)
+        except OSError as error:
+            raise unwritable(error) from None
 
     world.on_main(prepare)
-    world.all_or_none(lambda: _write_parts(engine, temporary, snapshot))
+    files: list[PartFile] = list(world.all_or_none(lambda: captured(engine, temporary, to_host=to_host)))
+    files.append(TensorFile(f"rng-{world.rank}.safetensors", rng.capture()))
     figures = probe.measure(engine, snapshot.probe_inputs, snapshot.controls)
-    _write_shared(engine, temporary, snapshot, figures)
-    world.barrier()
-    hashes: dict[str, str] = {}
-    for part in world.gather_objects(world.all_or_none(lambda: _hash_own(temporary, world.rank, world.size))):
-        hashes.update(part)
-
-    def publish() -> CheckpointRef:
-        if not _held(lease).still_held():
-            raise UserError(f"{folder.root}: another process took this run over; nothing more is written here")
-        Manifest.collect(temporary, hashes, step=step, k=int(snapshot.state["k"]), fence=_held(lease).fence,
-                         world=world.size, stage=engine.stage, dtype=engine.precision).write(temporary)
-        ref = folder.final_checkpoint(step, _held(lease).fence)
-        replace_dir(temporary, ref.path)
-        folder.write_pointer("latest", ref)
-        return ref
-
-    return world.on_main(publish)
+    extra = _collect_extra(engine, snapshot.hooks)
+    if world.is_main:
+        files += _shared_files(engine, snapshot, figures, extra)
+    facts = {"step": step, "k": int(snapshot.state["k"]), "world": world.size, "stage": engine.stage,
+             "dtype": engine.precision}
+    return Saving(world, folder, lease, temporary, Writing(temporary, files), facts)
 
 
 def _held(lease: Lease | None) -> Lease:
@@ -102,16 +149,6 @@ def expected_bytes(engine: Engine) -> int:
 
 def _numel(parameter: torch.nn.Parameter) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel()))
-
-
-def _write_parts(engine: Engine, temporary: Path, snapshot: Snapshot) -> None:
-    """DeepSpeed's shards and this rank's random state."""
-    names = {id(parameter): name for name, parameter in engine.model.named_parameters()}
-    # Without partitions DeepSpeed notes no names: the optimizer's state is then told by the order of its parameters.
-    ours = {} if engine.stage else {"optimizer_parameters": [[names[id(p)] for p in group["params"]]
-                                                             for group in engine.ds.optimizer.param_groups]}
-    engine.ds.save_checkpoint(str(temporary), tag=TAG, save_latest=False, client_state={PRIVATE: ours})
-    save_file(rng.capture(), temporary / f"rng-{engine.world.rank}.safetensors")
 
 
 @torch.no_grad()
@@ -133,35 +170,17 @@ def _collect_extra(engine: Engine, hooks: Mapping[str, Any]) -> dict[str, torch.
     return extra
 
 
-def _write_shared(engine: Engine, temporary: Path, snapshot: Snapshot, figures: Mapping[str, float]) -> None:
-    """What belongs to no rank, written by rank 0; all ranks take part in gathering frozen parameters."""
-    extra = _collect_extra(engine, snapshot.hooks)
+def _shared_files(engine: Engine, snapshot: Snapshot, figures: Mapping[str, float],
+                  extra: dict[str, torch.Tensor]) -> list[PartFile]:
+    """What belongs to no rank. Its text is made here: training goes on to change what it is made of."""
     proof = {"figures": {k: float.hex(v) for k, v in figures.items()}, "hardware": probe.hardware(engine),
              "controls": snapshot.controls}
-    engine.world.on_main(lambda: _write_main(temporary, snapshot, proof, extra))
-
-
-def _write_main(temporary: Path, snapshot: Snapshot, proof: Mapping[str, Any],
-                extra: dict[str, torch.Tensor]) -> None:
-    save_file(extra, temporary / "extra.safetensors")
-    save_file({k: v.cpu().contiguous() for k, v in snapshot.probe_inputs.items()}, temporary / "probe.safetensors")
-    write_json_atomic(temporary / "probe.json", proof)
     scalars = {k: v for k, v in snapshot.hooks.items() if not torch.is_tensor(v)}
-    write_json_atomic(temporary / "state.json", {
-        "state": snapshot.state, "schedule": snapshot.schedule, "health": snapshot.health, "hooks": scalars,
-        "data_fingerprint": snapshot.data_fingerprint})
-
-
-def _hash_own(temporary: Path, rank: int, world_size: int) -> dict[str, str]:
-    """Flush and hash the files this rank wrote; rank 0 also takes what belongs to no rank."""
-    mine = {}
-    for path in sorted(p for p in temporary.rglob("*") if p.is_file()):
-        match = _RANK_FILE.search(path.name)
-        owner = int(match.group(1)) % world_size if match else 0
-        if owner == rank:
-            fsync(path)
-            mine[path.relative_to(temporary).as_posix()] = hash_file(path)
-    return mine
+    state = {"state": snapshot.state, "schedule": snapshot.schedule, "health": snapshot.health, "hooks": scalars,
+             "data_fingerprint": snapshot.data_fingerprint}
+    inputs = {k: v.cpu().contiguous() for k, v in snapshot.probe_inputs.items()}  # never changed after the first step
+    return [TensorFile("extra.safetensors", extra), TensorFile("probe.safetensors", inputs),
+            TextFile("probe.json", json_text(proof)), TextFile("state.json", json_text(state))]
 
 
 @torch.no_grad()

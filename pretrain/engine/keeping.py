@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from pretrain.config.run import CheckpointConfig
 from pretrain.engine import checkpoint
 from pretrain.engine.build import Engine
+from pretrain.engine.distributed import World
 from pretrain.engine.mirror import Mirror
+from pretrain.engine.writing import unwritable
 from pretrain.runfolder.layout import CheckpointRef, RunFolder
 from pretrain.runfolder.lease import Lease
 from pretrain.runfolder.retention import delete, live_pins, to_delete
@@ -18,8 +21,18 @@ from pretrain.runfolder.retention import delete, live_pins, to_delete
 _log = logging.getLogger("pretrain")
 
 
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    """A checkpoint that is being written, and what follows once it is there."""
+
+    saving: checkpoint.Saving
+    number: int
+    best_metric: str | None
+    best_steps: list[int]
+
+
 class Keeper:
-    """Saves, points and forgets. Rank 0 alone touches pointers and deletes."""
+    """Saves, points and forgets, one checkpoint at a time. Rank 0 alone touches pointers and deletes."""
 
     def __init__(self, folder: RunFolder, lease: Lease | None, config: CheckpointConfig,
                  keep_every_steps: int | None, mirror: Mirror | None) -> None:
@@ -28,6 +41,7 @@ class Keeper:
         self._config = config
         self._keep_every_steps = keep_every_steps
         self._mirror = mirror
+        self._pending: _Pending | None = None
 
     @property
     def notice(self) -> str:
@@ -39,24 +53,69 @@ class Keeper:
         if self._mirror is not None:
             self._mirror.close(wait_s)
 
-    def save(self, engine: Engine, snapshot: checkpoint.Snapshot, *, best_metric: str | None) -> CheckpointRef:
-        """Write a checkpoint; where it is the best by `best_metric`, point at it; then apply retention. Collective.
+    def begin(self, engine: Engine, snapshot: checkpoint.Snapshot, *, best_metric: str | None, to_host: bool) -> None:
+        """Begin to write a checkpoint, which `publish` ends; before that there is none of it. Collective.
 
-        Where a new one is written, the count of saves in the snapshot's state rises by one.
+        `best_metric`: it is the best by this one, and will be pointed at. With `to_host` training may go on meanwhile,
+        with a copy of the state being written. Where a new one is written, the count of saves in the snapshot's state
+        rises by one.
         """
+        assert self._pending is None
+        best_steps = list(snapshot.state["best_steps"])
         ref = engine.world.on_main(lambda: self._existing(snapshot.state))
-        if ref is None:
-            snapshot.state["saves"] += 1
-            ref = checkpoint.save(engine, self.folder, self._lease, snapshot)
-            if engine.world.is_main:
-                _log.info("[CHECKPOINT] Saved -> %s", ref.path)
-            if self._mirror is not None:
-                self._mirror.offer(ref, snapshot.state["saves"])
+        if ref is not None:
+            self._keep(engine.world, ref, best_metric, best_steps)
+            return
+        snapshot.state["saves"] += 1
+        saving = checkpoint.begin(engine, self.folder, self._lease, snapshot, to_host=to_host)
+        self._pending = _Pending(saving, snapshot.state["saves"], best_metric, best_steps)
+
+    @property
+    def pending(self) -> bool:
+        """Whether a checkpoint has been begun and not published. The same on every rank."""
+        return self._pending is not None
+
+    @property
+    def ended(self) -> bool:
+        """Whether this rank has written its part of the pending checkpoint, or failed to."""
+        pending = self._pending  # the watch asks from another thread
+        return pending is not None and pending.saving.writing.ended
+
+    @property
+    def progress(self) -> int:
+        """Rises while this rank's part of the pending checkpoint is being written."""
+        pending = self._pending
+        return pending.saving.writing.progress if pending is not None else 0
+
+    def publish(self, engine: Engine) -> None:
+        """End what `begin` began: name the checkpoint, point at it, copy it, apply retention. Collective.
+
+        Waits for the ranks that are not done with their part. Raises UserError where a disk did not take it in.
+        """
+        pending = self._pending
+        if pending is None:
+            return
+        try:
+            ref = pending.saving.publish()
+        finally:
+            self._pending = None
         if engine.world.is_main:
-            if best_metric is not None:
+            _log.info("[CHECKPOINT] Saved -> %s", ref.path)
+        if self._mirror is not None:
+            self._mirror.offer(ref, pending.number)
+        self._keep(engine.world, ref, pending.best_metric, pending.best_steps)
+
+    def _keep(self, world: World, ref: CheckpointRef, best_metric: str | None, best_steps: list[int]) -> None:
+        def point() -> None:
+            try:
                 self.folder.write_pointer(f"best-{best_metric}", ref)
-            self._forget(snapshot.state["best_steps"], ref)
-        return ref
+            except OSError as error:
+                raise unwritable(error) from None
+
+        if best_metric is not None:
+            world.on_main(point)
+        if world.is_main:
+            self._forget(best_steps, ref)
 
     def _existing(self, state: Mapping[str, Any]) -> CheckpointRef | None:
         """The checkpoint of this step that this process has written already, where it needs no replacement.
@@ -80,9 +139,9 @@ class Keeper:
         """Delete what no rule keeps. A failure here never stops training."""
         known = self.folder.checkpoints()
         count = self._config.keep_best
-        keep_best = [(step, 0.0) for step in best_steps[-count:]] if count else []
-        doomed = to_delete(known, keep_last=self._config.keep_last, keep_best=keep_best, latest=latest,
-                           keep_multiples_of=self._keep_every_steps, pinned=[r for r in known if live_pins(r)])
+        doomed = to_delete(known, keep_last=self._config.keep_last, best_steps=best_steps[-count:] if count else (),
+                           keep_multiples_of=self._keep_every_steps, pinned=[r for r in known if live_pins(r)],
+                           latest=latest)
         for ref in doomed:
             try:
                 delete(ref)

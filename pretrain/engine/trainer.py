@@ -155,11 +155,17 @@ class Trainer:
         return isinstance(self.objective, SumObjective)
 
     def _agree(self, loaded: LoadedUpdate | PretrainError, counts: list[int]) -> tuple[int, list[int]]:
-        """Requests of any rank as bits, and the global counts of a sum objective's terms."""
+        """Requests of any rank as bits, and the global counts of a sum objective's terms.
+
+        A checkpoint that all ranks have written in the background meanwhile is published.
+        """
         mine = self.stop.take() | (_NO_DATA if isinstance(loaded, PretrainError) else 0)
         share = self._share[1] if self._share is not None else 0.0
-        *summed, loss = self.engine.world.add_up([*counts, *(int(bool(mine & bit)) for bit in _BITS), share])
+        *summed, ended, loss = self.engine.world.add_up(
+            [*counts, *(int(bool(mine & bit)) for bit in _BITS), int(self.keeper.ended), share])
         self._judge_late(loss)
+        if ended == self.engine.world.size:
+            self._settle()
         requests = 0
         for bit, seen in zip(_BITS, summed[len(counts):], strict=True):
             requests |= bit if seen else 0
@@ -179,7 +185,8 @@ class Trainer:
             self._reload_lr()
         improved = bool(requests & EVAL) and self._evaluate(self.evaluators)
         keep = improved and bool(self.config.checkpoint.keep_best)
-        if (keep or requests & (SAVE | _NO_DATA)) and not self._save(best=keep):
+        ends = bool(requests & (STOP | _NO_DATA))
+        if (keep or requests & (SAVE | _NO_DATA)) and not self._save(best=keep, wait=ends):
             _log.info("step %d: nothing new since the last checkpoint", self.state.step)
         if requests & _NO_DATA:
             self.engine.world.all_or_none(lambda: _raise(loaded))
@@ -238,6 +245,7 @@ class Trainer:
         try:
             self._advance(loaded, update, loss)
         except Divergence as error:
+            self._settle()
             if not rewinds or not self._rewind(loaded.k, loss, str(error)):
                 raise
             return False
@@ -245,9 +253,10 @@ class Trainer:
 
     def _rewind(self, k: int, loss: float, why: str) -> bool:
         """Go back because of batch `k`, and save where that leads. False where there is nothing to go back to."""
+        self._settle()
         gone = rewind(self, k, loss, why)
         if gone:
-            self._save()  # a run that is killed now does not go through those batches again
+            self._save(wait=True)  # a run that is killed now does not go through those batches again
         return gone
 
     def _shared_probe(self, first: Batch) -> dict[str, torch.Tensor]:
@@ -293,8 +302,12 @@ class Trainer:
         whole = len(evaluators) == len(self.evaluators)
         return self.evaluations.run(evaluators, self.state, self.progress, whole=whole)
 
-    def _save(self, *, best: bool = False) -> bool:
-        """Write a checkpoint. False where there is nothing new to keep. Collective."""
+    def _save(self, *, best: bool = False, wait: bool = False) -> bool:
+        """Write a checkpoint, in the background where that is configured and not to be waited for. Collective.
+
+        Where one is still being written, that one is published first. False where there is nothing new to keep.
+        """
+        self._settle()
         if not self.probe_inputs or (self.state == self.saved and not best):
             return False
         if self._share is not None:
@@ -305,10 +318,20 @@ class Trainer:
             snapshot = checkpoint.Snapshot(self.state.to_json(), self.lr.state_dict(), self.health.state_dict(),
                                            dict(self.hooks.state_dict()), self.data_fingerprint, self.probe_inputs,
                                            self.hooks.controls(self.state.step))
-            self.keeper.save(self.engine, snapshot, best_metric=self.config.eval.metric if best else None)
+            in_background = self.config.checkpoint.async_save and not wait
+            self.keeper.begin(self.engine, snapshot, best_metric=self.config.eval.metric if best else None,
+                              to_host=in_background)
             self.state.saves = snapshot.state["saves"]
+        if not in_background:
+            self._settle()
         self.saved = copy.deepcopy(self.state)
         return True
+
+    def _settle(self) -> None:
+        """Wait for a checkpoint that is being written, on all ranks, and publish it. Collective."""
+        if self.keeper.pending:
+            with self.reporter.aside("save"):
+                self.keeper.publish(self.engine)
 
     def _finish(self) -> ExitCode:
         """Final evaluation and checkpoint. Where a request to stop cuts the evaluation short, only that is left."""
@@ -318,7 +341,7 @@ class Trainer:
             self.profiler.close()
         due = [e for e in self.evaluators if self.evaluations.done.get(e.name) != self.state.step]
         best = self._evaluate(due) if due else False
-        self._save(best=best and bool(self.config.checkpoint.keep_best))
+        self._save(best=best and bool(self.config.checkpoint.keep_best), wait=True)
         if self.state.owed:
             self._told_stop()
             return ExitCode.STOPPED

@@ -12,13 +12,14 @@ import contextlib
 import faulthandler
 import json
 import logging
+import math
 import os
 import shutil
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 from pretrain.engine.claim import Claim
@@ -28,6 +29,8 @@ from pretrain.runfolder.layout import RunFolder
 from pretrain.runfolder.status import Status
 
 _VERDICT = "verdict"
+SAVE_PHASE = "save"
+"""The phase of a rank that waits for a checkpoint to be written."""
 _log = logging.getLogger("pretrain")
 
 
@@ -40,6 +43,8 @@ class Place:
     moves: int
     """Rises with every phase entered or left and every forward: a long evaluation is progress."""
     phase: str
+    written: int = 0
+    """Rises while a checkpoint is being written: a long save is progress of all, as long as a disk takes it in."""
 
 
 @dataclass(slots=True)
@@ -50,6 +55,7 @@ class _Seen:
     place: Place
     beaten: float
     moved: float
+    wrote: float = -math.inf
 
 
 def watching(trainer: Trainer, claim: Claim) -> contextlib.AbstractContextManager[None]:
@@ -61,8 +67,10 @@ def watching(trainer: Trainer, claim: Claim) -> contextlib.AbstractContextManage
     fence = world.broadcast(claim.lease.fence if claim.lease is not None else 0)
 
     def where() -> Place:
-        clock = trainer.reporter.clock
-        return Place(trainer.state.k, trainer.state.step, clock.moves + trainer.engine.forwards, clock.current)
+        clock, keeper = trainer.reporter.clock, trainer.keeper
+        waits = clock.current == SAVE_PHASE and keeper.ended  # has done its part of what the others are at
+        return Place(trainer.state.k, trainer.state.step, clock.moves + trainer.engine.forwards + waits, clock.current,
+                     keeper.progress)
 
     return Watch(claim.folder, fence, world.rank, world.size, timeout_s, where).watching()
 
@@ -100,7 +108,8 @@ class Watch:
             if self._fired.is_set():  # what this rank fails of now is the end of the others
                 threading.Event().wait()
             thread.join()
-            self._file(self._rank).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a disk that refuses it may be what the run ends of
+                self._file(self._rank).unlink()
 
     def _run(self) -> None:
         while not self._stop.wait(self._every):
@@ -121,7 +130,7 @@ class Watch:
         self._beat += 1
         place = self._where()
         temporary = self._file(self._rank).with_suffix(".tmp")
-        temporary.write_text(json.dumps([self._beat, place.k, place.step, place.moves, place.phase]))
+        temporary.write_text(json.dumps([self._beat, *astuple(place)]))
         os.replace(temporary, self._file(self._rank))
 
     def _hang(self, now: float) -> str | None:
@@ -132,7 +141,9 @@ class Watch:
         for rank in range(self._size) if self._rank == 0 else (0,):
             self._look(rank, now)
         silent = [r for r, seen in self._seen.items() if now - seen.beaten > max(5.0, 3 * self._every)]
-        stuck = {r: seen for r, seen in self._seen.items() if now - seen.moved > self._timeout_s}
+        writing = any(now - seen.wrote <= self._timeout_s for seen in self._seen.values())
+        stuck = {r: seen for r, seen in self._seen.items() if now - seen.moved > self._timeout_s
+                 and not (writing and seen.place.phase == SAVE_PHASE)}
         if self._rank:
             stuck = {r: seen for r, seen in stuck.items() if r in silent}
         if not stuck:
@@ -160,6 +171,8 @@ class Watch:
         seen = self._seen.setdefault(rank, _Seen(beat, new, now, now))
         if beat != seen.beat:
             seen.beat, seen.beaten = beat, now
+        if new.written != seen.place.written:
+            seen.wrote = now
         if new != seen.place:
             seen.place, seen.moved = new, now
 

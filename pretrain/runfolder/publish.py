@@ -59,7 +59,12 @@ def write_text_atomic(path: Path, text: str) -> None:
 
 def write_json_atomic(path: Path, value: Any) -> None:
     """Replace `path` by `value` as indented JSON. NaN and infinities are refused with ValueError: they are no JSON."""
-    write_text_atomic(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+    write_text_atomic(path, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """`value` as the JSON of all our files: indented, without NaN and infinities, which are refused with ValueError."""
+    return json.dumps(value, indent=2, allow_nan=False) + "\n"
 
 
 def is_temporary(name: str) -> bool:

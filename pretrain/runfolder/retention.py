@@ -21,19 +21,17 @@ _PIN_AGE = 24 * 3600.0
 """Seconds for which the pin of a process on another machine is honoured without a sign of life."""
 
 
-def to_delete(checkpoints: Sequence[CheckpointRef], *, keep_last: int, keep_best: Sequence[tuple[int, float]] = (),
+def to_delete(checkpoints: Sequence[CheckpointRef], *, keep_last: int, best_steps: Collection[int] = (),
               keep_multiples_of: int | None = None, pinned: Collection[CheckpointRef] = (),
               latest: CheckpointRef | None = None) -> list[CheckpointRef]:
     """The checkpoints that no rule keeps, oldest first. Pure.
 
-    Kept are the `keep_last` newest, those whose step is named in `keep_best` (step and score of the best ones, as the
-    caller ranks them), those whose step is a multiple of `keep_multiples_of` steps, those that are `pinned`, and
-    `latest`.
+    Kept are the `keep_last` newest, those of `best_steps`, those whose step is a multiple of `keep_multiples_of`
+    steps, those that are `pinned`, and `latest`.
     """
     newest = sorted(checkpoints, key=lambda ref: (ref.fence, ref.step), reverse=True)
-    best = {step for step, _ in keep_best}
     kept = {*newest[:keep_last], *pinned, latest}
-    return [ref for ref in reversed(newest) if ref not in kept and ref.step not in best
+    return [ref for ref in reversed(newest) if ref not in kept and ref.step not in best_steps
             and not (keep_multiples_of and ref.step % keep_multiples_of == 0)]
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from tests.faults.inject import Point
 
-_SAVING = "pretrain.engine.checkpoint"
+_WRITING = "pretrain.engine.writing"
 _PUBLISH = "pretrain.runfolder.publish"
 _STEP = "pretrain.engine.build:Engine"
 _MID_STEP = (3, 6)
@@ -30,8 +30,8 @@ SAVING = [
     Point("in DeepSpeed's moments of rank 1", "torch:save", "half", match=r"-9/.*rank_1.*optim_states", rank=1),
     Point("in the random state of rank 1", "safetensors.torch:save_file", "half", match=r"-9/rng-1", rank=1),
     Point("in frozen parameters and buffers", "safetensors.torch:save_file", "half", match=r"-9/extra"),
-    Point("before the state has its name", "os:replace", "before", match=r"-9/.* .*state\.json"),
-    Point("before a file is hashed", f"{_PUBLISH}:hash_file", "before", match=r"tmp-f1-step-9/.*optim", rank=1),
+    Point("before the state", f"{_WRITING}:TextFile.write", "before", match=r"-9/state\.json"),
+    Point("before a file is flushed", f"{_WRITING}:HashedFile.close", "before", match=r"-9/.*optim", rank=1),
     Point("before the manifest", f"{_PUBLISH}:Manifest.write", "before", match=r"step=9"),
     Point("before the manifest has its name", "os:replace", "before", match=r"-9/.* .*manifest\.json"),
     Point("before the rename", "os:rename", "before", match=r"tmp-f1-step-9 .*/step-9\.f1"),

@@ -22,7 +22,7 @@ def test_exactly_the_rule_is_kept(data, checkpoints, keep_last, multiples):
     some = st.lists(st.sampled_from(checkpoints), unique=True, max_size=3) if checkpoints else st.just([])
     best, pins = data.draw(some), data.draw(some)
     latest = data.draw(st.sampled_from(checkpoints)) if checkpoints else None
-    gone = to_delete(checkpoints, keep_last=keep_last, keep_best=[(ref.step, 0.5) for ref in best],
+    gone = to_delete(checkpoints, keep_last=keep_last, best_steps=[ref.step for ref in best],
                      keep_multiples_of=multiples, pinned=pins, latest=latest)
     for ref in checkpoints:
         newer = sum(other.step > ref.step for other in checkpoints)
