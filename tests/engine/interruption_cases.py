@@ -12,6 +12,7 @@ from pretrain.engine.distributed import World
 from pretrain.engine.evaluator import EvalResult, Metric
 from pretrain.engine.stopping import StopSignals
 from pretrain.monitor.rows import read_metrics
+from tests.engine.feature_cases import Scripted
 from tests.engine.rewind_cases import digest
 from tests.engine.running import finish, start
 
@@ -68,4 +69,26 @@ def stopped_evaluation(world: World, folder: Path) -> dict[str, Any]:
     return found
 
 
-CASES = {"stopped_evaluation": stopped_evaluation}
+def judged_otherwise(world: World, folder: Path) -> dict[str, Any]:
+    """A run that ended early goes on once it may; figures of other samples make it forget its best; rates change."""
+    found: dict[str, Any] = {}
+    base: dict[str, Any] = {"eval": {"every": "2 steps"}, "checkpoint": {"every": None, "keep_best": 0}}
+    fewer = {"every": "2 steps", "max_batches": 3}
+    for name, values, changed in (
+            ("ends", [3.0, 2.0, 2.5, 2.5], {"train": {"length": "20 steps", "patience": 2}}),
+            ("same", [], {"train": {"length": "20 steps", "patience": 2}}),
+            ("patient", [2.5] * 9, {"train": {"length": "12 steps"}}),
+            ("other samples", [4.0] * 9, {"train": {"length": "14 steps"}, "eval": fewer}),
+            ("rate", [5.0] * 9, {"train": {"length": "16 steps"}, "optim": {"lr": 0.02}, "eval": fewer})):
+        trainer = start(world, folder, "run", [Scripted(values)], **{**base, **changed})
+        begun = trainer.state.lr_override
+        if name != "rate":
+            trainer.state.lr_override = 0.005
+        trainer.train()
+        found[name] = {"step": trainer.state.step, "best": trainer.state.best, "best_steps": trainer.state.best_steps,
+                       "early": trainer.state.stopped_early, "override": begun}
+        finish(trainer)
+    return found
+
+
+CASES = {"stopped_evaluation": stopped_evaluation, "judged_otherwise": judged_otherwise}

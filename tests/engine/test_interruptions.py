@@ -1,4 +1,4 @@
-"""A request to stop in the middle of an evaluation, from the launches of one and two ranks."""
+"""Stops in the middle of an evaluation, and evaluations judged otherwise than before; launches of one and two ranks."""
 
 from __future__ import annotations
 
@@ -33,3 +33,23 @@ def test_a_run_stopped_in_its_final_evaluation_has_only_that_left(small: dict[st
     assert found["steps"] == [0, 10]
     assert found["forwards"][1] == FORWARDS
     assert found["reason"] == "length reached"
+
+
+def test_a_run_that_ended_early_goes_on_once_its_patience_is_changed(small: dict[str, Any]) -> None:
+    found = case(small, "judged_otherwise")
+    assert found["ends"]["step"] == found["same"]["step"] == 8
+    assert found["ends"]["early"] == found["same"]["early"] == "no improvement of val/loss in 2 evaluations"
+    assert (found["patient"]["step"], found["patient"]["early"]) == (12, None)
+    assert (found["patient"]["best"], found["patient"]["best_steps"]) == (2.0, [2, 4])
+
+
+def test_figures_of_other_samples_are_judged_anew(small: dict[str, Any]) -> None:
+    found = case(small, "judged_otherwise")
+    assert (found["other samples"]["best"], found["other samples"]["best_steps"]) == (4.0, [14])
+    assert (found["rate"]["best"], found["rate"]["best_steps"]) == (4.0, [14])
+
+
+def test_a_rate_in_the_config_replaces_the_one_asked_for_before(small: dict[str, Any]) -> None:
+    found = case(small, "judged_otherwise")
+    assert found["other samples"]["override"] == 0.005
+    assert found["rate"]["override"] is None
