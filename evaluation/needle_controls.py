@@ -6,7 +6,7 @@ without a leak is expected to do, so that a reader can tell a failed control fro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -84,7 +84,7 @@ SWITCHES: dict[str, tuple[str, Expected]] = {
 """Controls that a model may know, by the name of the control of its forward: (meaning, what is expected)."""
 
 
-def applicable(task: NeedleConfig, switches: Mapping[str, str]) -> list[Control]:
+def applicable(task: NeedleConfig, switches: Collection[str]) -> list[Control]:
     """The controls that mean something on this task, and of `SWITCHES` those that the model knows.
 
     With one tagged needle the tag alone says what is wanted, and so does a fixed query: no bound follows then from a

@@ -164,7 +164,7 @@ class _Asked:
     def add_controls(self, details: dict[str, Any]) -> dict[str, Rate]:
         """Run every control that applies. Returns those that leave nothing to find."""
         nulls, found = needle.nulls(self.task), {}
-        switches = getattr(self.target.model, "evaluation_controls", {})
+        switches = getattr(self.target.model, "evaluation_controls", ())
         for control in applicable(self.task, switches):
             predictions = run_control(self.reader, self.source, self.few, control, self.batch_size)
             rate = Rate.of(predictions.hits)

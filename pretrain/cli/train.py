@@ -80,6 +80,7 @@ def evaluators(config: RunConfig) -> Sequence[Evaluator]:
 
     from evaluation.needle import NeedleEvaluator
     from evaluation.perplexity import PerplexityEvaluator
+    from evaluation.phase import PhaseEvaluator, measures_phases
     from evaluation.samples import SamplesEvaluator
     from pretrain.data.needle import NeedleSource
     from pretrain.data.open import open_validation
@@ -92,6 +93,8 @@ def evaluators(config: RunConfig) -> Sequence[Evaluator]:
         found.append(NeedleEvaluator(config.eval.every, config.eval.max_batches))
     if not isinstance(source, NeedleSource) or not source.config.needle_query:
         found.append(PerplexityEvaluator(config.eval.every, config.eval.max_batches))
+    if measures_phases(config):
+        found.append(PhaseEvaluator(config.eval.every))
     if config.eval.samples:
         eval_dir = RunFolder(Path(config.runs_dir) / config.name).eval_dir
         found.append(SamplesEvaluator(config.eval.every, config.eval.samples, eval_dir))

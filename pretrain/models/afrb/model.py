@@ -106,6 +106,14 @@ class AFRBForCausalLM(PreTrainedModel, GenerationMixin):
         """Replace the token table."""
         self.backbone.set_input_embeddings(value)
 
+    @property
+    def evaluation_controls(self) -> frozenset[str]:
+        """Ablations among forward's controls that mean something on this model."""
+        if self.memory is None and self.readout is None:
+            return frozenset()
+        steps = self.memory is not None and self.schema.pvm_read == "step"
+        return frozenset({"readout_off", "memory_zero", *(["phase_freeze"] if steps else [])})
+
     def get_output_embeddings(self) -> OutputTable:
         """The backbone's output table."""
         return self.backbone.get_output_embeddings()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -36,8 +37,9 @@ class AFRBConfig(ModelConfig):
     """AFRB: what stands between embedding and first layer, what is remembered, and how it is read out."""
 
     changeable: ClassVar[frozenset[str]] = frozenset({
-        "backbone.weights", "block_warm_delta", "block_ramp", "phase_ramp", "kiss_ridge_unfreeze_step",
-        "freeze_readout_steps", "adaptive_omega_lr", "adaptive_omega_interval", "scalar_lr_scale"})
+        "weights", "block_warm_delta", "block_ramp", "phase_ramp", "kiss_ridge_unfreeze_step",
+        "freeze_readout_steps", "adaptive_omega_lr", "adaptive_omega_interval", "scalar_lr_scale",
+        "skip_phase_metrics", "phase_curvature_metrics"})
 
     family: Literal["afrb"] = "afrb"
     backbone: BackboneConfig
@@ -136,6 +138,10 @@ class AFRBConfig(ModelConfig):
     disable_attn: bool = Field(False, description="take the backbone's self-attention out")
     disable_attn_mode: DisableAttention = Field("zero", description="what it adds then: nothing, or (the original) its "
                                                 "normalised input")
+
+    skip_phase_metrics: bool = Field(False, description="evaluations measure no phases")
+    phase_curvature_metrics: bool = Field(False, description="evaluations also measure where a vector memory's path "
+                                          "bends, over all validation needles")
 
     enable_plm: bool = Field(False, description="not implemented")
     pcm_enable: bool = Field(False, description="not implemented")
@@ -249,6 +255,12 @@ class AFRBConfig(ModelConfig):
     def notes(self) -> list[str]:
         """What is accepted and ignored, one line each."""
         return [f"model.{key}: {why}; ignored" for key, why in _IGNORED.items() if getattr(self, key)]
+
+    def block_profile(self) -> list[dict[str, float]]:
+        """Alpha, initial gamma, initial omega and phi of each block."""
+        return [{"alpha": self.alpha * math.exp(-self.cascade_lambda * i), "omega": self.omega + i * self.omega_delta,
+                 "gamma": self.gamma * math.exp(-self.cascade_kappa * i), "phi": i * self.phase_delta}
+                for i in range(self.n_afrb)]
 
     def parameter_count(self) -> ParameterCount:
         """Exact count; the backbone is frozen."""
