@@ -161,7 +161,8 @@ def table() -> str:
     """The rules in Markdown, for docs/durability.md."""
     rows = [("key", "a run that goes on", "a branch"), ("---", "---", "---"),
             ("`model.*` but what its schema calls changeable", f"no: {MODEL.says}", "no"),
-            ("`data.source.*` but `path` and `verify`", f"no: {ORDER.says}", f"yes: {ORDER.branch}")]
+            ("`data.source.*` but what its schema calls changeable (`path`, `verify`)", f"no: {ORDER.says}",
+             f"yes: {ORDER.branch}")]
     for rule, keys in _KEYS:
         named = ", ".join(f"`{key}`" for key in _shortened(keys))
         if rule.kind == "fixed":
