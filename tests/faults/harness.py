@@ -105,9 +105,9 @@ class Case:
             raise AssertionError(str(error)) from error
         return ref.step if ref is not None else 0
 
-    def finish(self, *more: str) -> Forked:
+    def finish(self, *more: str, before: str = "") -> Forked:
         """The same command again, to its end; nothing half-made is left then, here and in the copy."""
-        run = self.start(*more)
+        run = self.start(*more, before=before)
         assert run.wait(120) == 0, run.stderr
         assert status(self.root).state == "done"
         for root in (self.root, self.folder / "disk/tiny"):
