@@ -165,6 +165,12 @@ class Manifest(Section):
             source = {"documents": "shards", "pairs": "pairs"}[self.kind]
             raise UserError(f"{self.folder}: holds {self.kind}, not {kind}; it is read by a source of kind: {source}")
 
+    def located(self, folder: Path) -> Manifest:
+        """The same manifest, of a dataset in `folder`."""
+        found = self.model_copy()
+        found._folder = folder
+        return found
+
     @classmethod
     def read(cls, folder: Path) -> Manifest:
         """Parse `folder`/manifest.json and nothing else.
@@ -190,8 +196,7 @@ class Manifest(Section):
         except ValidationError as error:
             first = error.errors()[0]
             raise DataCorruption(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-        manifest._folder = folder
-        return manifest
+        return manifest.located(folder)
 
     @classmethod
     def load(cls, folder: Path | str) -> Manifest:

@@ -1,63 +1,20 @@
-"""Reading pairs of query and passage from tables, BEIR folders and packages (see python_pairs.py)."""
+"""Reading pairs of query and passage from tables, presets, BEIR folders and packages (see python_pairs.py)."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import sysconfig
-import zlib
-from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import zstandard
-
-from data_prep.config import BeirSource, PairSource, PairTableSource, PythonPairsSource
+from data_prep.pair import Found, Pair, Passage, Rejected
+from data_prep.pair_presets import preset_pairs
 from data_prep.python_pairs import mine, package_files
-from data_prep.sources import SetAside, matching_files, open_text
+from data_prep.reading import FilePart, Meter, SetAside, format_of, matching_files
+from data_prep.rows import FORMATS, Where, file_rows, hub_rows, json_row
+from data_prep.source_config import BeirSource, PairPresetSource, PairSource, PairTableSource, PythonPairsSource
+from data_prep.sources import limited, require_columns, whole_parts
 from pretrain.errors import ConfigError
-
-FIELD_BYTES = 1 << 28
-"""Longest field of a csv file. The library's own limit of 131,072 characters is less than a long page."""
-
-
-@dataclass(frozen=True, slots=True)
-class Passage:
-    """A text of a source, with the id it has there (None: none) and, for negatives, its score."""
-
-    text: str
-    id: str | None = None
-    score: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """A query, a passage that answers it and passages that do not."""
-
-    query: Passage
-    positive: Passage
-    negatives: tuple[Passage, ...]
-    source: int
-    provenance: dict[str, Any]
-    group: str | None = None
-    """What must not be divided between splits beside the query: the package of a mined function."""
-
-    @property
-    def texts(self) -> list[bytes]:
-        """UTF-8 of query, positive and negatives."""
-        return [passage.text.encode() for passage in (self.query, self.positive, *self.negatives)]
-
-
-@dataclass(frozen=True, slots=True)
-class Rejected:
-    """A candidate that a rule of its source turned down: counted, not kept in the quarantine."""
-
-    reason: str
-
-
-Found = Pair | SetAside | Rejected
 
 
 def pair_files(source: PairSource, key: str) -> list[tuple[str, Path]]:
@@ -65,10 +22,12 @@ def pair_files(source: PairSource, key: str) -> list[tuple[str, Path]]:
     if isinstance(source, PythonPairsSource):
         return [(name, path) for name, _, path in package_files(source, key)]
     root = pair_folder(source)
+    if root is None:
+        return []
+    if isinstance(source, PairTableSource | PairPresetSource):
+        return _row_files(source, root, key)
     if not root.exists():
         raise ConfigError(f"{key}.path", f"{root} does not exist")
-    if isinstance(source, PairTableSource):
-        return matching_files(root, source.glob, key)
     names = [name for name in ("corpus.jsonl", "queries.jsonl") if not (root / name).is_file()]
     if names:
         raise ConfigError(f"{key}.path", f"{root} is no BEIR folder: {names[0]} is missing")
@@ -80,9 +39,28 @@ def pair_files(source: PairSource, key: str) -> list[tuple[str, Path]]:
     return [(name, root / name) for name in ("corpus.jsonl", "queries.jsonl", *judgements)]
 
 
-def pair_folder(source: PairSource) -> Path:
-    """The folder (or single file) a source reads, as an absolute path; of the interpreter, its standard library."""
-    return Path(source.path or sysconfig.get_paths()["stdlib"]).absolute()
+def _row_files(source: PairTableSource | PairPresetSource, root: Path, key: str) -> list[tuple[str, Path]]:
+    files = matching_files(root, source.glob, key)
+    other = next((path for _, path in files if format_of(path) not in FORMATS), None)
+    if other is not None:
+        raise ConfigError(f"{key}.glob", f"{other} is no {', '.join(FORMATS)} file, plain, .gz or .zst")
+    if isinstance(source, PairTableSource):
+        named = {field: getattr(source, field) for field in ("query", "positive", "query_id", "positive_id")}
+        require_columns(files[0][1], {field: column for field, column in named.items() if column is not None}, key,
+                        source.columns)
+        for column in source.negatives:
+            require_columns(files[0][1], {"negatives": column}, key, source.columns)
+    return files
+
+
+def pair_folder(source: PairSource) -> Path | None:
+    """The folder (or single file) a source reads, as an absolute path; of the interpreter, its standard library.
+
+    None where it reads a dataset of the `datasets` library.
+    """
+    if isinstance(source, PythonPairsSource):
+        return Path(source.path or sysconfig.get_paths()["stdlib"]).absolute()
+    return None if source.path is None else Path(source.path).absolute()
 
 
 def read_pairs(source: PairSource, number: int, max_document_bytes: int) -> Iterator[Found]:
@@ -90,39 +68,61 @@ def read_pairs(source: PairSource, number: int, max_document_bytes: int) -> Iter
 
     Raises ConfigError where it holds no file or a table lacks a column.
     """
-    pairs = total = 0
-    for item in _items(source, number, max_document_bytes):
-        checked = _check(item, max_document_bytes) if isinstance(item, Pair) else item
-        if isinstance(checked, Pair):
-            pairs += 1
-            total += sum(map(len, checked.texts))
-            if source.max_bytes is not None and total > source.max_bytes:
-                return
-        yield checked
-        if pairs == source.max_documents:
-            return
+    parts: list[FilePart | None] = [*whole_parts(pair_files(source, f"sources.{number}"))] or [None]
+    return limited(read_pair_parts(source, number, parts, max_document_bytes), source)
 
 
-def _items(source: PairSource, number: int, limit: int) -> Iterator[Found]:
+def read_pair_parts(source: PairSource, number: int, parts: Iterable[FilePart | None], limit: int,
+                    meter: Meter | None = None) -> Iterator[Found]:
+    """Pairs of parts of a source; the part of a source without files is None, or holds rows [start, stop)."""
+    for item in _items(source, number, parts, limit, meter):
+        yield _check(item, limit) if isinstance(item, Pair) else item
+
+
+def _items(source: PairSource, number: int, parts: Iterable[FilePart | None], limit: int,
+           meter: Meter | None) -> Iterator[Found]:
     key = f"sources.{number}"
     if isinstance(source, BeirSource):
         yield from _beir(source, number, key)
     elif isinstance(source, PythonPairsSource):
-        for name, package, path in package_files(source, key):
-            where = {"source": source.name, "path": name}
-            for item in mine(path, source, limit):
-                if isinstance(item, tuple):
-                    yield SetAside(where, *item)
-                elif isinstance(item, str):
-                    yield Rejected(item)
-                else:
-                    found = where | {"line": item.line, "function": item.name}
-                    yield Pair(Passage(item.summary), Passage(item.body), (), number, found, group=package)
+        for part in parts:
+            assert part is not None  # it reads files
+            yield from _mined(source, number, part, limit)
+            if meter is not None:
+                meter.bytes += part.size
     else:
-        for name, path in pair_files(source, key):
-            where = {"source": source.name, "path": name}
-            for here, row in _rows(path, where, source, key):
+        rows = _rows(source, parts, limit, key, meter)
+        if isinstance(source, PairPresetSource):
+            yield from preset_pairs(source, number, rows)
+        else:
+            for here, row in rows:
                 yield row if isinstance(row, SetAside) else _pair_of(row, source, number, here)
+
+
+def _rows(source: PairTableSource | PairPresetSource, parts: Iterable[FilePart | None], limit: int, key: str,
+          meter: Meter | None) -> Iterator[tuple[Where, dict[str, Any] | SetAside]]:
+    where = {"source": source.name}
+    for part in parts:
+        if source.dataset is not None:
+            start, stop = (0, None) if part is None else (part.start, part.stop)
+            yield from hub_rows(source.dataset, where, start, stop, key)
+        elif part is not None:
+            yield from file_rows(part, where | {"path": part.name}, limit, header=getattr(source, "columns", None),
+                                 meter=meter)
+
+
+def _mined(source: PythonPairsSource, number: int, part: FilePart, limit: int) -> Iterator[Found]:
+    where = {"source": source.name, "path": part.name}
+    inside = part.name.removeprefix("stdlib/").removeprefix("site-packages/") if source.path is None else part.name
+    package = inside.split("/")[0].removesuffix(".py")
+    for item in mine(part.path, source, limit):
+        if isinstance(item, tuple):
+            yield SetAside(where, *item)
+        elif isinstance(item, str):
+            yield Rejected(item)
+        else:
+            found = where | {"line": item.line, "function": item.name}
+            yield Pair(Passage(item.summary), Passage(item.body), (), number, found, group=package)
 
 
 def _check(pair: Pair, limit: int) -> Pair | SetAside:
@@ -137,63 +137,14 @@ def _check(pair: Pair, limit: int) -> Pair | SetAside:
     empty = next((name for name, passage in named if not passage.text.strip()), None)
     if empty:
         return SetAside(pair.provenance, f"empty_{empty}", "nothing but white space")
+    nul = next((name for name, passage in named if "\0" in passage.text), None)
+    if nul:
+        return SetAside(pair.provenance, "nul_bytes", f"in the {nul}")
     query, positive, *negatives = (Passage(p.text.strip("\n\r\t "), p.id, p.score) for _, p in named)
-    return Pair(query, positive, tuple(negatives), pair.source, pair.provenance, pair.group)
+    return Pair(query, positive, tuple(negatives), pair.source, pair.provenance, pair.group, pair.split, pair.unordered)
 
 
-def _rows(path: Path, where: dict[str, Any], source: PairTableSource,
-          key: str) -> Iterator[tuple[dict[str, Any], dict[str, Any] | SetAside]]:
-    """(provenance, fields by name) of each row of a csv, tsv or jsonl file; what cannot be read is set aside."""
-    suffix = next((s for s in reversed(path.suffixes) if s not in (".gz", ".zst", ".zstd")), "")
-    if suffix not in (".csv", ".tsv", ".jsonl"):
-        raise ConfigError(f"{key}.glob", f"{path} is no .csv, .tsv or .jsonl file, plain, .gz or .zst")
-    line = 0
-    try:
-        with open_text(path) as stream:
-            if suffix == ".jsonl":
-                for content in stream:
-                    line += 1
-                    if content.strip():
-                        here = where | {"line": line}
-                        yield here, _json_row(content, here)
-                return
-            csv.field_size_limit(FIELD_BYTES)
-            # Bytes that are no UTF-8 become lone surrogates, which `_check` finds: one bad row costs one row.
-            text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
-            table = csv.DictReader(text, delimiter="\t" if suffix == ".tsv" else ",",
-                                   quoting=csv.QUOTE_MINIMAL if suffix == ".csv" else csv.QUOTE_NONE)
-            _check_columns(path, list(table.fieldnames or []), source, key)
-            for row in table:
-                line = table.line_num
-                yield where | {"line": line}, row
-    except (OSError, EOFError, zlib.error, zstandard.ZstdError, csv.Error) as error:
-        here = where | {"line": line + 1}
-        yield here, SetAside(here, "unreadable", str(error))
-
-
-def _check_columns(path: Path, found: list[str], source: PairTableSource, key: str) -> None:
-    for field in ("query", "positive", "query_id", "positive_id"):
-        column = getattr(source, field)
-        if column is not None and column not in found:
-            raise ConfigError(f"{key}.{field}", f'{path} has no column "{column}"; it has {", ".join(found) or "none"}')
-    for column in source.negatives:
-        if column not in found:
-            raise ConfigError(f"{key}.negatives", f'{path} has no column "{column}"; it has {", ".join(found)}')
-
-
-def _json_row(content: bytes, where: dict[str, Any]) -> dict[str, Any] | SetAside:
-    try:
-        record = json.loads(content)
-    except UnicodeDecodeError as error:
-        return SetAside(where, "not_utf8", f"byte {content[error.start]:#04x} at offset {error.start} of the line")
-    except (ValueError, RecursionError) as error:
-        return SetAside(where, "bad_json", str(error))
-    if isinstance(record, list):
-        return {str(i): value for i, value in enumerate(record)}
-    return record if isinstance(record, dict) else SetAside(where, "bad_json", "neither an object nor a list")
-
-
-def _pair_of(row: dict[str, Any], source: PairTableSource, number: int, where: dict[str, Any]) -> Pair | SetAside:
+def _pair_of(row: dict[str, Any], source: PairTableSource, number: int, where: Where) -> Pair | SetAside:
     """The pair of a row. A column of negatives holds a text or a list of texts; null or left out means none."""
     negatives: list[Any] = []
     for column in source.negatives:
@@ -210,7 +161,7 @@ def _pair_of(row: dict[str, Any], source: PairTableSource, number: int, where: d
 
 def _beir(source: BeirSource, number: int, key: str) -> Iterator[Found]:
     """Pairs of a BEIR folder in the order of its judgements; only the texts that these name are held in memory."""
-    root = pair_folder(source)
+    root = Path(source.path).absolute()
     judgements = [(name, path) for name, path in pair_files(source, key) if path.suffix == ".tsv"]
     rows: list[tuple[dict[str, Any], str, str, int]] = []
     for name, path in judgements:
@@ -245,7 +196,7 @@ def _texts(path: Path, wanted: set[str], source: str) -> Generator[SetAside, Non
     with path.open("rb") as file:
         for line, content in enumerate(file, 1):
             where = {"source": source, "path": path.name, "line": line}
-            record = _json_row(content, where) if content.strip() else {}
+            record = json_row(content, where) if content.strip() else {}
             if isinstance(record, SetAside):
                 yield record
             elif str(record.get("_id")) in wanted:

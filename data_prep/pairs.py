@@ -46,7 +46,8 @@ class TokenPair:
     negative_ids: Sequence[int]
     scores: Sequence[float | None]
     """One for each negative."""
-    provenance: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] | bytes = field(default_factory=dict)
+    """JSON object, or its canonical text."""
 
 
 class PairWriter(SplitWriter):
@@ -75,9 +76,12 @@ class PairWriter(SplitWriter):
         if not len(pair.negatives) == len(pair.negative_ids) == len(pair.scores):
             raise ValueError(f"{len(pair.negatives)} negatives have {len(pair.negative_ids)} ids and "
                              f"{len(pair.scores)} scores")
-        self._block.append(pair)
         self._docs += 1
         self._bytes += utf8_bytes
+        if self._passed_over:
+            self._passed_over -= 1
+            return
+        self._block.append(pair)
         if len(self._block) == self.block_pairs:
             self._write_block()
 
@@ -103,7 +107,7 @@ class PairWriter(SplitWriter):
                 "n_offsets": _offsets(len(pair.negatives) for pair in block),
                 "scores": np.array(scores, "<f4")}.items():
             row[f"{name}_offset"] = shard.add_array(f"{key}.{name}.npy", array)
-        provenance = b"".join(canonical_json(pair.provenance) + b"\n" for pair in block)
+        provenance = b"".join(_line(pair.provenance) for pair in block)
         row["prov_bytes"] = len(provenance)
         row["prov_offset"] = shard.add_member(f"{key}.prov.jsonl", provenance)
         self._end_block(row)
@@ -112,6 +116,10 @@ class PairWriter(SplitWriter):
                 else shard.blocks == self.blocks_per_shard)
         if full:
             self._finish_shard()
+
+
+def _line(provenance: dict[str, Any] | bytes) -> bytes:
+    return (provenance if isinstance(provenance, bytes) else canonical_json(provenance)) + b"\n"
 
 
 def _offsets(lengths: Any) -> npt.NDArray[np.int64]:

@@ -24,8 +24,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.config import PythonPairsSource
-from data_prep.sources import SKIPPED_FOLDERS, spelled
+from data_prep.reading import SKIPPED_FOLDERS, spelled
+from data_prep.source_config import PythonPairsSource
 from pretrain.errors import ConfigError
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef

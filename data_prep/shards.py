@@ -52,7 +52,7 @@ class ShardWriter(SplitWriter):
         self._prov_lines: list[bytes] = []
 
     def push(self, tokens: npt.NDArray[Any], *, utf8_bytes: int, source: int, doc_hash: int,
-             provenance: dict[str, Any]) -> None:
+             provenance: dict[str, Any] | bytes) -> None:
         """Append one document.
 
         Args:
@@ -60,7 +60,7 @@ class ShardWriter(SplitWriter):
             utf8_bytes: length of the whole document's text.
             source: number of the source it came from.
             doc_hash: signed 64-bit hash of the document.
-            provenance: JSON object that lets the document be found again.
+            provenance: JSON object that lets the document be found again, or its canonical text.
 
         Raises:
             ValueError: for an empty document or an id that does not fit the token type.
@@ -68,8 +68,10 @@ class ShardWriter(SplitWriter):
         limit = int(np.iinfo(self._block.dtype).max)
         if len(tokens) == 0 or int(tokens.max()) > limit:
             raise ValueError(f"a document holds at least one token and ids up to {limit}, found {len(tokens)} tokens")
-        line = canonical_json(provenance) + b"\n"
-        done, flags = 0, 0
+        line = (provenance if isinstance(provenance, bytes) else canonical_json(provenance)) + b"\n"
+        done = min(self._passed_over, len(tokens))
+        self._passed_over -= done
+        flags = CONTINUES if done else 0
         while done < len(tokens):
             taken = min(len(tokens) - done, len(self._block) - self._fill)
             self._doc_rows.append((self._fill, utf8_bytes, source, doc_hash, flags))
@@ -81,6 +83,7 @@ class ShardWriter(SplitWriter):
             if self._fill == len(self._block):
                 self._write_block()
         self._docs += 1
+        self._tokens += len(tokens)
         self._bytes += utf8_bytes
 
     @property
@@ -96,7 +99,6 @@ class ShardWriter(SplitWriter):
             "tokens_offset": shard.add_array(f"{key}.tokens.npy", self._block[:self._fill]),
             "docs_offset": shard.add_array(f"{key}.docs.npy", docs),
             "prov_offset": shard.add_member(f"{key}.prov.jsonl", provenance)})
-        self._tokens += self._fill
         self._fill = 0
         self._doc_rows.clear()
         self._prov_lines.clear()

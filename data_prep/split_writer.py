@@ -7,9 +7,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import ClassVar, Self
 
-from data_prep.index import IndexLayout
+from data_prep.index import IndexLayout, index_path, read_index
 from data_prep.manifest import SplitRecord, shard_name, shard_table, write_table
 from data_prep.tar import OpenShard
+from pretrain.errors import DataCorruption
 from pretrain.runfolder.publish import fsync
 
 TARGET_SHARD_BYTES = 64 << 20
@@ -30,8 +31,30 @@ class SplitWriter(ABC):
         self._tokens = self._docs = self._bytes = 0
         self._blocks = self._items = 0
         """Written so far; an item is what addresses are made of, a token or a pair."""
+        self._passed_over = 0
+        """Items that are pushed again and stand in published shards already."""
         self._shard: OpenShard | None = None
         self._table: list[tuple[int, int, int, int, bytes]] = []
+
+    def resume(self) -> None:
+        """Take over what an interrupted writer of the same things published: as much as it holds is passed over.
+
+        Everything is pushed again from the start, so that counts are of the whole.
+        """
+        while True:
+            path = self.folder / shard_name(self.split, len(self._table))
+            try:
+                header, rows = read_index(index_path(path), self.layout)
+                if path.stat().st_size != int(header["tar_bytes"]):
+                    return
+            except (DataCorruption, FileNotFoundError):
+                return
+            items = int(rows[self.layout.items].sum())
+            self._table.append((self._items, items, int(header["tar_bytes"]), len(self._table),
+                                header["tar_sha256"].tobytes()))
+            self._items += items
+            self._blocks += len(rows)
+            self._passed_over += items
 
     @abstractmethod
     def _write_block(self) -> None:

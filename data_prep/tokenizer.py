@@ -1,73 +1,109 @@
-"""Byte-level BPE: training, loading, and the bytes each token stands for."""
+"""Tokenizers: finding, loading, encoding, and the bytes each token stands for."""
 
 from __future__ import annotations
 
-import heapq
 import io
 import json
-from collections.abc import Iterable, Iterator
+import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 
-from data_prep.config import TokenizerConfig
+from data_prep.clean_config import TokenizerConfig
 from data_prep.files import write_atomic
 from data_prep.manifest import TOKENIZER
-from data_prep.select import Kept, keyed_hash
 from pretrain.errors import ConfigError
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKEN_BYTES = "token_bytes.npy"
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
-def training_sample(documents: Iterable[Kept], seed: int, max_bytes: int) -> list[str]:
-    """Texts of at most `max_bytes` UTF-8 bytes for the tokenizer, in the order of `documents`.
+@dataclass(frozen=True, slots=True)
+class Given:
+    """A tokenizer that exists: its tokenizer.json and, where there is one, its tokenizer_config.json."""
 
-    A uniform sample in one pass and bounded memory: the documents with the smallest keyed hash that fit. It depends on
-    the set of documents alone, and is all of them where they fit.
+    content: bytes
+    beside: bytes | None
+
+
+def given_tokenizer(config: TokenizerConfig) -> Given:
+    """Read the tokenizer that `config.path` names: a file, a folder, or a name of the hub.
+
+    Folders and names without a tokenizer.json (vocab.txt, tokenizer.model) are converted by transformers. Raises
+    ConfigError where there is none.
     """
-    heap: list[tuple[int, int, bytes]] = []
-    total, ceiling = 0, 1 << 64
-    for position, item in enumerate(documents):
-        rank = keyed_hash(item.digest, seed, "sample")
-        if rank >= ceiling:
-            continue  # it may fit, but one of smaller hash did not: the sample would depend on the order
-        heapq.heappush(heap, (-rank, position, item.document.text))
-        total += len(item.document.text)
-        while total > max_bytes and len(heap) > 1:
-            dropped, _, text = heapq.heappop(heap)
-            total, ceiling = total - len(text), -dropped
-    return [text.decode() for _, _, text in sorted(heap, key=lambda entry: entry[1])]
+    stated = str(config.path)
+    path = Path(stated)
+    try:
+        if path.is_dir() and not (path / TOKENIZER).is_file():
+            return _converted(str(path), None)
+        if not path.exists() and _HUB_NAME.fullmatch(stated) and path.suffix != ".json":
+            return _from_hub(stated, config.revision)
+        file = path / TOKENIZER if path.is_dir() else path
+        beside = file.with_name(TOKENIZER_CONFIG)
+        return Given(file.read_bytes(), beside.read_bytes() if beside.is_file() else None)
+    except OSError as error:
+        raise ConfigError("tokenizer.path", f"{stated}: cannot be read ({error.strerror or error})") from None
 
 
-def train_tokenizer(texts: list[str], config: TokenizerConfig) -> Tokenizer:
-    """Byte-level BPE: id 0 ends documents, id 1 pads, then the 256 bytes, then merges."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=config.vocab_size, min_frequency=config.min_frequency,
-                                  special_tokens=[config.eos_token, config.pad_token], show_progress=False,
-                                  initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
-    tokenizer.train_from_iterator(texts, trainer, length=len(texts))
-    return tokenizer
+def _from_hub(name: str, revision: str | None) -> Given:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+    try:
+        content = Path(hf_hub_download(name, TOKENIZER, revision=revision)).read_bytes()
+    except EntryNotFoundError:
+        return _converted(name, revision)
+    except Exception as error:  # no connection, no such name, no permission: the library has many kinds
+        line = str(error).strip().split("\n")[0]
+        raise ConfigError("tokenizer.path", f"{name}: not here and not found on the hub ({line})") from None
+    try:
+        return Given(content, Path(hf_hub_download(name, TOKENIZER_CONFIG, revision=revision)).read_bytes())
+    except EntryNotFoundError:
+        return Given(content, None)
+
+
+def _converted(name: str, revision: str | None) -> Given:
+    """What transformers makes of a tokenizer of another format."""
+    from transformers import AutoTokenizer
+    try:
+        slow = AutoTokenizer.from_pretrained(name, revision=revision)
+        return Given(slow.backend_tokenizer.to_str().encode(), None)
+    except Exception as error:  # whatever is wrong with the files
+        line = str(error).strip().split("\n")[0]
+        raise ConfigError("tokenizer.path", f"{name}: transformers finds no tokenizer in it ({line})") from None
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """A tokenizer that encodes whole documents as plain text.
-
-    Truncation and padding, which tokenizers of encoders carry, are switched off, and the text of a special token inside
-    a document is text: it can neither end the document nor vanish.
+    """A tokenizer that encodes whole documents as plain text; see `tokenizer_of`.
 
     Raises:
         ConfigError: no tokenizer in that file.
     """
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        content = path.read_bytes()
+    except OSError as error:
+        raise ConfigError("tokenizer.path", f"{path}: cannot be read ({error.strerror})") from None
+    return tokenizer_of(content, path)
+
+
+def tokenizer_of(content: bytes, name: object) -> Tokenizer:
+    """The tokenizer in a tokenizer.json called `name`, for whole documents of plain text.
+
+    Truncation and padding, which tokenizers of encoders carry, are switched off, and the text of a special token inside
+    a document is text: it can neither end the document nor vanish.
+
+    Raises:
+        ConfigError: no tokenizer in it.
+    """
+    try:
+        tokenizer = Tokenizer.from_str(content.decode())
     except Exception as error:  # the library raises bare Exception for whatever is wrong with the file
-        raise ConfigError("tokenizer.path", f"{path}: no tokenizer can be read from it ({error})") from None
+        raise ConfigError("tokenizer.path", f"{name}: no tokenizer can be read from it ({error})") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
@@ -89,11 +125,11 @@ def eos_id(tokenizer: Tokenizer, config: TokenizerConfig) -> int:
     return found
 
 
-def pad_id(tokenizer: Tokenizer, config: TokenizerConfig) -> int:
-    """Id that fills up rows: the config's pad token, else the one a given tokenizer pads with. Raises ConfigError."""
+def pad_id(tokenizer: Tokenizer, config: TokenizerConfig, content: bytes) -> int:
+    """Id that fills up rows: the config's pad token, else the one that tokenizer.json pads with. Raises ConfigError."""
     found: int | None = tokenizer.token_to_id(config.pad_token)
-    if found is None and config.path is not None:
-        found = (json.loads(Path(config.path).read_bytes()).get("padding") or {}).get("pad_id")
+    if found is None:
+        found = (json.loads(content).get("padding") or {}).get("pad_id")
     if found is None:
         raise ConfigError("tokenizer.pad_token", f'"{config.pad_token}" is no token of {config.path}, which names none '
                           "to pad with either; rows of pairs need one")
@@ -111,11 +147,12 @@ def special_ids(tokenizer: Tokenizer, eos: int) -> tuple[list[int], list[int]]:
 def encode(tokenizer: Tokenizer, texts: list[str],
            eos: int | None) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
     """(ids of all texts, each followed by `eos` unless it is None; [len(texts)] number of ids of each)."""
-    encoded = [e.ids for e in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
     end = () if eos is None else (eos,)
-    lengths = np.fromiter((len(ids) + len(end) for ids in encoded), np.int64, len(encoded))
-    flat: Iterator[int] = (i for ids in encoded for i in (*ids, *end))
-    return np.fromiter(flat, np.uint32, int(lengths.sum())), lengths
+    # An array a text and one copy at the end: half the cost of walking all ids in Python.
+    pieces = [np.array((*encoded.ids, *end), np.uint32)
+              for encoded in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+    lengths = np.fromiter(map(len, pieces), np.int64, len(pieces))
+    return np.concatenate([np.zeros(0, np.uint32), *pieces]), lengths
 
 
 def token_bytes(tokenizer: Tokenizer) -> npt.NDArray[np.int32] | None:
@@ -141,22 +178,18 @@ def _parts(component: dict[str, Any] | None) -> list[dict[str, Any]]:
     return [component, *component.get("decoders", [])]
 
 
-def save_tokenizer(tokenizer: Tokenizer, folder: Path, config: TokenizerConfig) -> str:
+def save_tokenizer(content: bytes, beside: bytes | None, folder: Path, config: TokenizerConfig) -> str:
     """Write tokenizer.json, tokenizer_config.json (for transformers) and token_bytes.npy. Returns the first's SHA-256.
 
-    A tokenizer that was given is copied as it is, its config too where one lies beside it.
+    A tokenizer that was given keeps its bytes, and its config where it has one.
     """
-    stated: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": config.eos_token,
-                              "bos_token": config.eos_token, "clean_up_tokenization_spaces": False}
-    if config.path is None:
-        content = tokenizer.to_str(pretty=True).encode()
-        beside = json.dumps(stated | {"pad_token": config.pad_token}, indent=1).encode()
-    else:
-        content = Path(config.path).read_bytes()
-        given = Path(config.path).with_name(TOKENIZER_CONFIG)
-        beside = given.read_bytes() if given.is_file() else json.dumps(stated, indent=1).encode()
+    if beside is None:
+        stated: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": config.eos_token,
+                                  "bos_token": config.eos_token, "clean_up_tokenization_spaces": False}
+        trained = {} if config.path else {"pad_token": config.pad_token}
+        beside = json.dumps(stated | trained, indent=1).encode()
     write_atomic(folder / TOKENIZER_CONFIG, beside)
-    table = token_bytes(tokenizer)
+    table = token_bytes(tokenizer_of(content, folder / TOKENIZER))
     if table is not None:
         buffer = io.BytesIO()
         np.save(buffer, table, allow_pickle=False)

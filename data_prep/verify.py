@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.encode import available_cores
+from data_prep.crew import available_cores
 from data_prep.manifest import TOKENIZER, Manifest
 from data_prep.shards import verify_shard
 from data_prep.tokenizer import TOKEN_BYTES, load_tokenizer, token_bytes

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pretrain.cli.options import LogLevel, LogLevelOption, SetOption
+from pretrain.errors import UserError
+
+if TYPE_CHECKING:
+    from data_prep.config import PrepConfig
 
 
 def prep(
@@ -21,20 +25,33 @@ def prep(
                                              help="Dataset folder, in place of the config's.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, max=1024, show_default=False,
                                                 help="Tokenizing processes; the result does not depend on it.")] = None,
+    memory: Annotated[str | None, typer.Option(metavar="SIZE", show_default=False,
+                                               help="Of all processes together, as 500 MB or 4 GB.")] = None,
+    rank: Annotated[int | None, typer.Option(min=0, show_default=False,
+                                             help="Do only this share of the work, counted from 0; needs --of.")] = None,
+    of: Annotated[int | None, typer.Option(min=1, show_default=False, help="Shares there are in all.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the dataset of another config.")] = False,
     log_level: LogLevelOption = LogLevel.INFO,
 ) -> None:
-    """Raw text to shards: read, deduplicate, split, train the tokenizer, tokenize, write.
+    """Raw text to shards: read, clean, deduplicate, split, train the tokenizer, tokenize, write.
 
-    The folder appears when it is complete. Where it is complete already nothing is done.
+    The folder appears when it is complete. Where it is complete already nothing is done; where an earlier run was
+    interrupted, this one goes on. With --rank R --of N a share is prepared, on any machine that sees the folder: run
+    every rank, run them again when told to, then the plain command, which writes the same bytes as if it were alone.
     """
     from data_prep.config import PrepConfig
     from data_prep.pipeline import is_complete, prepare
     from data_prep.progress import RichReporter
     from pretrain.config.load import load_yaml_model
     loaded, _ = load_yaml_model(PrepConfig, _target(config, preset), sets)
-    changes = {"out": None if out is None else str(out), "workers": workers}
-    loaded = loaded.model_copy(update={key: value for key, value in changes.items() if value is not None})
+    changes = {"out": None if out is None else str(out), "workers": workers, "memory": memory}
+    changes = {key: value for key, value in changes.items() if value is not None}
+    loaded = PrepConfig.model_validate(loaded.model_dump() | changes)
+    if (rank is None) != (of is None) or (rank is not None and of is not None and rank >= of):
+        raise UserError(f"--rank {rank} --of {of}: give both, the rank below the number of shares")
+    if rank is not None and of is not None:
+        _share(loaded, rank, of)
+        return
     if not overwrite and is_complete(loaded):
         prepare(loaded)
         typer.echo(f"{loaded.out}: complete already, made by this config; nothing to do (--overwrite makes it again)")
@@ -55,11 +72,23 @@ def prep(
                f"({size / 1e6 / seconds:.2f} MB/s)")
 
 
+def _share(config: PrepConfig, rank: int, of: int) -> None:
+    from data_prep.pipeline import prepare_share
+    from data_prep.progress import RichReporter
+    with RichReporter() as reporter:
+        share = prepare_share(config, rank, of, reporter=reporter)
+    done = f"share {rank} of {of}: {share.pieces:,} pieces of the sources read"
+    if share.missing:
+        typer.echo(f"{done}; {share.missing:,} of other shares are missing, so what is kept is not known yet: run "
+                   "this share again when all are read")
+    else:
+        typer.echo(f"{done}, {share.units:,} units tokenized; when all shares say so, run the command without --rank")
+
+
 def _target(config: Path | None, preset: str | None) -> Path:
     """The file of a config given by path or by name. Raises UserError unless exactly one of them is given."""
     from pretrain.config.presets import configs_dir
     from pretrain.config.suggest import nearest
-    from pretrain.errors import UserError
     if (config is None) == (preset is None):
         raise UserError("give a YAML file or --preset NAME" + (", not both" if config else ""))
     if config is not None:

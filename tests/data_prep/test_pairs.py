@@ -1,8 +1,6 @@
 """Pairs: the container against plain lists, sources and their rules, and that nothing stands in two splits."""
 
 import json
-import os
-import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -13,13 +11,14 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from test_pipeline import SCRIPT, hashes
+from test_pipeline import hashes, killed
 
-from data_prep.config import PrepConfig, PythonPairsSource
+from data_prep.config import PrepConfig
 from data_prep.manifest import Manifest, PairsRecord, write_manifest
 from data_prep.pairs import PairReader, PairWriter, TokenPair, stored_pairs
 from data_prep.pipeline import prepare
 from data_prep.python_pairs import Mined, mine
+from data_prep.source_config import PythonPairsSource
 from data_prep.tokenizer import load_tokenizer, special_ids
 from data_prep.verify import verify_dataset
 from pretrain.cli.main import main
@@ -148,7 +147,8 @@ def test_the_miner_applies_each_of_its_rules(tmp_path):
 
 def config_of(out, sources, **changes) -> PrepConfig:
     values = {"out": str(out), "sources": sources, "splits": {"val": 0.3, "test": 0.2},
-              "tokenizer": {"vocab_size": 300}, "block_pairs": 8, "blocks_per_shard": 2, "workers": 1}
+              "tokenizer": {"vocab_size": 300}, "block_pairs": 8, "blocks_per_shard": 2, "workers": 1,
+              "max_bad_fraction": 1}
     return PrepConfig.model_validate(values | changes)
 
 
@@ -201,11 +201,7 @@ def test_no_query_package_or_body_is_in_two_splits(mined):
 
 def test_a_killed_run_of_pairs_is_made_whole_with_any_number_of_workers(mined, tmp_path):
     config = mined.model_copy(update={"out": str(tmp_path / "d"), "workers": 2})
-    script = tmp_path / "killed.py"
-    script.write_text(SCRIPT.replace("pipeline.ShardWriter", "pipeline.PairWriter"))
-    done = subprocess.run([sys.executable, str(script), config.model_dump_json(), "push:20"], timeout=100, check=False,
-                          env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}, capture_output=True)
-    assert done.returncode == -9
+    killed(config, "pair:20", tmp_path / "killed.py")
     assert not (tmp_path / "d").exists()
     prepare(config)
     assert hashes(tmp_path / "d") == hashes(Path(mined.out))

@@ -13,11 +13,11 @@ import pytest
 import webdataset
 from tokenizers import Tokenizer
 
-from data_prep import encode
+from data_prep import build, plan
 from data_prep.config import PrepConfig
 from data_prep.manifest import Manifest
 from data_prep.pipeline import prepare
-from data_prep.select import Splitter, digest_of
+from data_prep.split import Splitter, digest_of
 from data_prep.stats import split_stats, stored_documents
 from pretrain.errors import ConfigError, UserError
 
@@ -85,7 +85,8 @@ def test_stats_equal_a_count_of_the_documents(dataset, name):
 
 
 def test_workers_and_reruns_do_not_show_in_the_bytes(dataset, make_config, tmp_path, monkeypatch):
-    monkeypatch.setattr(encode, "CHUNK_BYTES", 3000)  # many chunks under way
+    monkeypatch.setattr(build, "CHUNK_BYTES", 3000)  # many units
+    monkeypatch.setattr(plan, "PIECE_BYTES", 10_000)
     manifest = prepare(make_config(tmp_path / "two", workers=2))
     assert hashes(tmp_path / "two") == hashes(dataset)
     assert manifest.fingerprint == Manifest.load(dataset).fingerprint
@@ -146,7 +147,7 @@ def test_overwrite_replaces_datasets_and_nothing_else(make_config, tmp_path, cor
 
 SCRIPT = """
 import os, signal, sys
-from data_prep import encode, pipeline
+from data_prep import build, decide, pack, pipeline, plan, read_stage, workfolder
 from data_prep.config import PrepConfig
 if __name__ == "__main__":
     def at(module, name, calls):
@@ -157,38 +158,66 @@ if __name__ == "__main__":
                 os.kill(os.getpid(), signal.SIGKILL)
             return real(*args, **kwargs)
         setattr(module, name, step)
-    encode.CHUNK_BYTES = 3000
+    build.CHUNK_BYTES, plan.PIECE_BYTES = 3000, 10_000
     config = PrepConfig.model_validate_json(sys.argv[1])
     place, calls = sys.argv[2].split(":")
-    at(*{"push": (pipeline.ShardWriter, "push"), "publish": (pipeline, "_publish"), "rename": (os, "rename")}[place],
-       int(calls))
+    places = {"push": (pack.ShardWriter, "push"), "pair": (pack.PairWriter, "push"),
+              "read": (read_stage, "write_unit"), "decide": (decide, "_count"), "train": (build, "train_tokenizer"),
+              "publish": (pipeline, "publish_dataset"), "rename": (os, "rename")}
+    at(*places[place], int(calls))
     pipeline.prepare(config, overwrite=True)
 """
 
 
-@pytest.mark.parametrize("place", ["push:60", "publish:0", "rename:1"])
-def test_a_killed_run_leaves_no_half_dataset_and_the_next_one_is_whole(dataset, make_config, tmp_path, place):
-    out = tmp_path / "d"
-    config = make_config(out, workers=2)
-    if place == "rename:1":  # dies between taking the old dataset away and putting the new one there
-        shutil.copytree(dataset, out)
-    script = tmp_path / "killed.py"
+def killed(config: PrepConfig, place: str, script: Path) -> None:
+    """Run preparation in a process that kills itself at a place."""
     script.write_text(SCRIPT)
     # The pipe closes when the last process that holds it is gone: a worker left behind is a timeout here.
     done = subprocess.run([sys.executable, str(script), config.model_dump_json(), place], timeout=150, check=False,
                           env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}, capture_output=True)
-    assert done.returncode == -9
+    assert done.returncode == -9, done.stderr.decode()[-2000:]
+    script.unlink()
+
+
+@pytest.mark.parametrize("place, workers", [("read:3", 1), ("decide:0", 1), ("train:0", 1), ("push:60", 2),
+                                            ("publish:0", 1), ("rename:1", 1)])
+def test_a_killed_run_leaves_no_half_dataset_and_the_next_one_is_whole(dataset, make_config, tmp_path, place, workers):
+    out = tmp_path / "d"
+    config = make_config(out, workers=workers)
+    if place == "rename:1":  # dies between taking the old dataset away and putting the new one there
+        shutil.copytree(dataset, out)
+    killed(config, place, tmp_path / "killed.py")
     with pytest.raises(UserError, match="no dataset here"):
         Manifest.load(out)
-    assert (tmp_path / ".d.partial").is_dir()
+    partial = tmp_path / ".d.partial"
+    assert partial.is_dir()
     if place == "push:60":
-        assert list((tmp_path / ".d.partial").glob("*.tar"))
+        assert list(partial.glob("*.tar"))
+    if place in ("read:3", "push:60"):
         with pytest.raises(UserError, match="no dataset here"):
-            Manifest.load(tmp_path / ".d.partial")
-    prepare(config)
+            Manifest.load(partial)
+    finished = {path: path.stat().st_mtime_ns for path in partial.glob("work/*/[0-9]*.unit")}
+    finished |= {path: path.stat().st_mtime_ns for path in partial.glob("[a-z]*.tar")}
+    assert place in ("publish:0", "rename:1") or len(finished) >= 3
+    touched = []
+    prepare(config, reporter=Watch(lambda: touched.extend(
+        path for path, time in finished.items() if path.exists() and path.stat().st_mtime_ns != time)))
+    assert not touched
     assert hashes(out) == hashes(dataset)
-    script.unlink()
     assert [p.name for p in tmp_path.iterdir()] == ["d"]
+
+
+class Watch:
+    """A reporter that looks at the folder at every report."""
+
+    def __init__(self, look):
+        self.look = look
+
+    def stage(self, name, total_bytes):
+        self.look()
+
+    def advance(self, size):
+        self.look()
 
 
 def test_two_runs_on_one_folder_are_refused(make_config, tmp_path):
@@ -223,7 +252,7 @@ def test_a_source_never_reads_the_dataset_it_makes(make_config, tmp_path):
     (tmp_path / "notes.txt").write_text("words " * 50)
     (tmp_path / "more.jsonl").write_text('{"text": "more words"}\n{"text": broken\n')
     source = {"kind": "jsonl", "name": "all", "path": str(tmp_path)}
-    config = make_config(tmp_path / "d", sources=[source], splits={})
+    config = make_config(tmp_path / "d", sources=[source], splits={}, max_bad_fraction=0.5)
     assert prepare(config).splits["train"].docs == 1
     assert (tmp_path / "d" / "quarantine.jsonl").stat().st_size > 0
     with pytest.raises(ConfigError, match=r"sources\.0: .*quarantine.jsonl lies inside the dataset"):

@@ -10,21 +10,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from data_prep.config import TokenizerConfig
+from data_prep.clean_config import TokenizerConfig
 from data_prep.manifest import Manifest
 from data_prep.pipeline import prepare
-from data_prep.select import Kept, Splitter, digest_of
-from data_prep.sources import Document
+from data_prep.split import Splitter, digest_of, keyed_hash
 from data_prep.stats import stored_documents
 from data_prep.tokenizer import (
     encode,
     eos_id,
     load_tokenizer,
     token_bytes,
-    train_tokenizer,
-    training_sample,
+    tokenizer_of,
     vocab_size,
 )
+from data_prep.tokenizer_training import sample_limit, train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -75,32 +74,63 @@ def test_training_sees_the_train_split_only(make_config, tmp_path):
     assert {m for m in manifest.splits if manifest.splits[m].docs} == {"train", "val", "test"}
 
 
-def kept(text: str) -> Kept:
-    return Kept(Document(text.encode(), 0, {}), digest_of(text.encode()), "train")
+def units_of(texts, seed, per_unit=100):
+    """What `sample_limit` sees of a corpus of these train documents."""
+    ranks = np.array([keyed_hash(digest_of(t.encode()), seed, "sample") for t in texts], np.uint64)
+    sizes = np.array([len(t.encode()) for t in texts])
+    zeros = np.zeros(len(texts), np.int64)
+    return [(at, {"rank": ranks[at:at + per_unit], "size": sizes[at:at + per_unit], "split": zeros[at:at + per_unit]},
+             zeros[at:at + per_unit]) for at in range(0, len(texts), per_unit)], ranks, sizes
 
 
-def test_the_training_sample_is_bounded_uniform_and_a_property_of_the_set():
-    documents = [kept(f"{i:05d}" + "x" * (i % 7)) for i in range(3000)]
-    everything = training_sample(documents, 0, 1 << 30)
-    assert everything == [d.document.text.decode() for d in documents]
-    sample = training_sample(documents, 0, 6000)
-    assert 5900 < sum(map(len, sample)) <= 6000
-    shuffled = documents[:]
-    random.Random(1).shuffle(shuffled)
-    assert sorted(training_sample(shuffled, 0, 6000)) == sample
-    early = sum(int(text[:5]) < 1500 for text in sample)
-    assert early == pytest.approx(len(sample) / 2, abs=4 * len(sample)**0.5 / 2)
-    assert training_sample(documents, 1, 6000) != sample
+@pytest.mark.parametrize("max_bytes", [1, 7, 6000, 14_000, 1 << 30])
+def test_the_training_sample_is_the_most_that_fits_by_rank(max_bytes):
+    texts = [f"{i:05d}" + "x" * (i % 7) for i in range(3000)]
+    units, ranks, sizes = units_of(texts, 0)
+    limit = sample_limit(units, 0, max_bytes)
+    expected, total = [], 0  # slow reference
+    for i in np.argsort(ranks).tolist():
+        total += int(sizes[i])
+        if total > max_bytes and expected:
+            break
+        expected.append(i)
+    assert [i for i in range(3000) if int(ranks[i]) < limit] == sorted(expected)
+    assert sample_limit(units[::-1], 0, max_bytes) == limit
+    early = sum(i < 1500 for i in expected)
+    assert early == pytest.approx(len(expected) / 2, abs=1 + 2 * len(expected)**0.5)
+    other = units_of(texts, 1)[0]
+    assert max_bytes > 10**6 or sample_limit(other, 0, max_bytes) != limit
 
 
-def test_training_is_reproducible_and_orders_special_tokens_first():
+@pytest.mark.parametrize("model", ["bpe", "wordpiece", "unigram"])
+def test_training_orders_special_tokens_first_and_is_reproducible_where_it_says_so(model):
     draw = random.Random(0)
-    texts = ["".join(draw.choices("abcdef ", k=200)) for _ in range(50)]
-    config = TokenizerConfig(vocab_size=320)
-    first = train_tokenizer(texts, config)
-    assert first.to_str() == train_tokenizer(texts, config).to_str()
-    assert (first.token_to_id("<|endoftext|>"), first.token_to_id("<|pad|>"), vocab_size(first)) == (0, 1, 320)
+    texts = ["".join(draw.choices("abcdefgh ij", k=200)) for _ in range(50)]
+    config = TokenizerConfig(vocab_size=320, model=model)
+    first = train_tokenizer(lambda: texts, config)
+    if model != "unigram":
+        assert first.to_str() == train_tokenizer(lambda: texts, config).to_str()
+        assert vocab_size(first) == 320
+    assert (first.token_to_id("<|endoftext|>"), first.token_to_id("<|pad|>")) == (0, 1)
     assert eos_id(first, config) == 0
+    assert [t.content for t in first.get_added_tokens_decoder().values()] == [
+        "<|endoftext|>", "<|pad|>", *(["[UNK]"] if model == "wordpiece" else [])]
+
+
+@settings(deadline=None, derandomize=True, max_examples=100)
+@given(text=st.text(max_size=40))
+def test_bytes_are_the_alphabet_of_bpe_and_unigram(byte_tokenizers, text):
+    for tokenizer in byte_tokenizers:
+        ids, _ = encode(tokenizer, [text], None)
+        assert tokenizer.decode(ids.tolist(), skip_special_tokens=False) == text
+        assert token_bytes(tokenizer)[ids].sum() == len(text.encode())
+
+
+@pytest.fixture(scope="module")
+def byte_tokenizers():
+    texts = ["some plain words in a row", "and others that follow them"] * 9
+    return [tokenizer_of(train_tokenizer(lambda: texts, TokenizerConfig(vocab_size=300, model=model)).to_str().encode(),
+                         model) for model in ("bpe", "unigram")]
 
 
 def wordpiece() -> Tokenizer:

@@ -1,4 +1,4 @@
-"""Copies and splits depend on a document's own text; sources keep their order and set aside what they cannot read."""
+"""Sources keep their order, give each document so that it is found again, and set aside what they cannot read."""
 
 import gzip
 import json
@@ -8,72 +8,10 @@ from pathlib import Path
 
 import pytest
 import zstandard
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from data_prep.config import FolderSource, JsonlSource, PrepConfig, StdlibSource
-from data_prep.select import Kept, Splitter, Tally, digest_of, select
-from data_prep.sources import Document, SetAside, read_source
-
-TEXT = st.text(min_size=1).filter(lambda t: t.strip())
-
-
-def kept_of(folder: Path, *names: str, exact=True, seed=0) -> list[Kept]:
-    config = PrepConfig.model_validate({
-        "out": "x", "seed": seed, "splits": {"val": 0.3, "test": 0.2}, "dedup": {"exact": exact},
-        "sources": [{"kind": "text", "name": name, "path": str(folder / name)} for name in names]})
-    return [item for item in select(config, Tally()) if isinstance(item, Kept)]
-
-
-def test_a_document_keeps_its_split_whatever_else_the_corpus_holds(tmp_path):
-    for i in range(60):
-        for name in ("a", "b"):
-            (tmp_path / name).mkdir(exist_ok=True)
-            (tmp_path / name / f"{i}.txt").write_text(f"{name} {i}")
-    alone = {k.document.text: k.split for k in kept_of(tmp_path, "b")}
-    together = {k.document.text: k.split for k in kept_of(tmp_path, "a", "b")}
-    assert set(alone.values()) == {"train", "val", "test"}
-    assert alone.items() <= together.items()
-    other_seed = {k.document.text: k.split for k in kept_of(tmp_path, "b", seed=1)}
-    assert other_seed != alone
-
-
-@settings(deadline=None, derandomize=True, max_examples=100)
-@given(st.binary(min_size=16, max_size=16), st.integers(0, 2**63 - 1))
-def test_a_split_added_last_takes_from_train_only(digest, seed):
-    before = Splitter({"val": 0.1}, seed).split_of(digest)
-    after = Splitter({"val": 0.1, "test": 0.2}, seed).split_of(digest)
-    assert after == before or (before, after) == ("train", "test")
-
-
-def test_shares_are_met():
-    splitter = Splitter({"val": 0.1, "test": 0.05}, 3)
-    splits = [splitter.split_of(digest_of(str(i).encode())) for i in range(20_000)]
-    assert splits.count("val") == pytest.approx(2000, abs=4 * 1800**0.5)
-    assert splits.count("test") == pytest.approx(1000, abs=4 * 950**0.5)
-
-
-@settings(deadline=None, derandomize=True, max_examples=100)
-@given(TEXT)
-def test_copies_are_equal_but_for_line_ends_and_outer_white_space(text):
-    plain = text.replace("\r\n", "\n")
-    variants = [plain, plain.replace("\n", "\r\n"), "\ufeff" + plain, "\n " + plain + "\t\n"]
-    digests = {digest_of(v.encode()) for v in variants[:2]} | {digest_of(v.encode()) for v in variants[2:]}
-    assert len(digests) == 1
-    assert digest_of((plain.strip() + "x").encode()) not in digests
-
-
-def test_the_first_copy_in_source_order_is_kept(tmp_path):
-    for name, text in [("a/2.txt", "one"), ("a/1.txt", "two"), ("b/1.txt", "one\n"), ("b/2.txt", "three")]:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text)
-    def where(*names, exact=True):
-        return [(k.document.provenance["source"], k.document.provenance["path"])
-                for k in kept_of(tmp_path, *names, exact=exact)]
-    assert where("a", "b") == [("a", "1.txt"), ("a", "2.txt"), ("b", "2.txt")]
-    assert where("b", "a") == [("b", "1.txt"), ("b", "2.txt"), ("a", "1.txt")]
-    assert len(where("a", "b", exact=False)) == 4
-
+from data_prep.reading import SetAside
+from data_prep.source_config import FolderSource, JsonlSource, StdlibSource
+from data_prep.sources import Document, read_source
 
 RECORDS = [{"text": "first", "x": 1}, {"text": "ünïcode\nlines"}, {"text": "third"}]
 
