@@ -21,7 +21,7 @@ from pretrain.metrics.needle import Predictions
 
 Change = Callable[[NeedleRows, NeedleConfig, np.ndarray], np.ndarray]
 """(examples, task, their ids [N]) -> tokens [N, C + 6 + L]."""
-Expected = Literal["chance", "1/L", "reported"]
+Expected = Literal["uniform", "context_bag", "needle_bag", "reported"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,8 @@ class Control:
     name: str
     meaning: str
     expected: Expected
-    """chance: nothing is left to find; 1/L: the set is left, not the order; reported: no bound follows."""
+    """The null at which a model without a leak stays. uniform: nothing is left to find. context_bag: the context is
+    left, to be copied from anywhere. needle_bag: the needle's tokens, not their order. reported: no bound follows."""
     change: Change | None = None
     controls: Mapping[str, float] = field(default_factory=dict)
     """Passed to the model's forward."""
@@ -77,9 +78,9 @@ def _in_place_of_query(rows: NeedleRows, task: NeedleConfig, first: int, tokens:
 
 
 SWITCHES: dict[str, tuple[str, Expected]] = {
-    "memory_zero": ("the memory is read as if it were empty", "chance"),
+    "memory_zero": ("the memory is read as if it were empty", "uniform"),
     READOUT_OFF: ("nothing is read out of the memory", "reported"),
-    "phase_freeze": ("the read head does not turn: always the first slot", "1/L"),
+    "phase_freeze": ("the read head does not turn: always the first slot", "needle_bag"),
 }
 """Controls that a model may know, by the name of the control of its forward: (meaning, what is expected)."""
 
@@ -90,16 +91,15 @@ def applicable(task: NeedleConfig, switches: Collection[str]) -> list[Control]:
     With one tagged needle the tag alone says what is wanted, and so does a fixed query: no bound follows then from a
     query that is missing or wrong.
     """
-    asks = "chance" if task.needle_marker == "key" or (task.has_key and task.needles > 1) else "reported"
+    asks: Expected = "context_bag" if task.needle_marker == "key" or (task.has_key and task.needles > 1) else "reported"
     found = [
-        Control("shuffled_needle", "other ids stand in the needle's place, the target is the old one", "chance",
+        Control("shuffled_needle", "other ids stand in the needle's place, the target is the old one", "uniform",
                 shuffled_needle),
-        Control("permuted_needle", "the needle stands there in another order", "1/L", permuted_needle),
+        Control("permuted_needle", "the needle stands there in another order", "needle_bag", permuted_needle),
         Control("query_removed", "the query names no key" if task.has_key else "random ids stand in the query's place",
-                asks if task.has_key else "reported", query_removed)]  # type: ignore[arg-type]
+                asks if task.has_key else "reported", query_removed)]
     if task.has_key:
-        found.append(Control("wrong_key", "the query names a key that stands nowhere", asks,  # type: ignore[arg-type]
-                             wrong_key))
+        found.append(Control("wrong_key", "the query names a key that stands nowhere", asks, wrong_key))
     found += [Control(name, meaning, expected, controls={name: 1.0})
               for name, (meaning, expected) in SWITCHES.items() if name in switches]
     return found

@@ -17,7 +17,7 @@ from evaluation.needle_variants import variants
 from evaluation.offline import DEFAULT_BATCH_SIZE, Request, about, open_data
 from evaluation.results import MetricRecord, Results, records
 from evaluation.target import Target, open_target
-from evaluation.verdict import at_chance, decide
+from evaluation.verdict import decide
 from pretrain.config.merge import SET, Layered, apply_sets
 from pretrain.config.model import Section
 from pretrain.config.needle import NeedleConfig
@@ -88,25 +88,25 @@ def evaluate_needle(target: Target, request: Request, command: list[str]) -> Res
     rates = needle_rates(asked.answers.predictions, source.config.eval_soft_topk, seed=request.seed)
     metrics, details = records(result), asked.details()
     null = asked.null_adapter()
-    must_drop: dict[str, Rate] = {}
+    controls: dict[str, Rate] = {}
     if request.controls:
-        must_drop = asked.add_controls(details)
+        controls = asked.add_controls(details)
         asked.add_references(details)
         details["checks"] = [asdict(check) for check in asked.checks()]
         details["distance"] = asked.distance()
         details["perplexity"] = asked.perplexities()
     verdict = decide(rates["needle_hit_rate"], needle.nulls(source.config), examples=len(asked.ids),
-                     shuffled=must_drop.get("shuffled_needle"), null_adapter=null)
+                     shuffled=controls.get("shuffled_needle"), null_adapter=null)
+    failed = {row["name"]: controls[row["name"]] for row in details["controls"] if row["passed"] is False}
     details |= {"verdict": asdict(verdict), "headlines": needle.headlines(rates, source.config),
-                "findings": asked.findings(rates, result, must_drop, split)}
+                "findings": asked.findings(rates, result, failed, split)}
     if null is not None:
         details["controls"].insert(0, _row("null_adapter", f"trained alike without a memory: {request.null}",
                                            "reported", null, None))
     for row in details["controls"]:
         metrics[f"{split}/control/{row['name']}"] = MetricRecord(value=row["value"], n=row["n"], ci=row["ci"],
                                                                  higher_is_better=False)
-    leaks = [row["name"] for row in details["controls"] if row["expected"] == "chance" and row["passed"] is False]
-    wrong = [*leaks, *(check["name"] for check in details.get("checks", ()) if not check["passed"]),
+    wrong = [*failed, *(check["name"] for check in details.get("checks", ()) if not check["passed"]),
              *("H2" for text in details["findings"] if text.startswith("[DIAG:H2]"))]
     return Results(task=needle.TASK, task_version=needle.VERSION, metrics=metrics, details=details,
                    passed=False if wrong else None, failure=f"a leak: {', '.join(wrong)}" if wrong else None,
@@ -162,18 +162,17 @@ class _Asked:
         return run_control(reader, self.source, ids, ITSELF, self.batch_size)
 
     def add_controls(self, details: dict[str, Any]) -> dict[str, Rate]:
-        """Run every control that applies. Returns those that leave nothing to find."""
+        """Run every control that applies. Returns the rates by name."""
         nulls, found = needle.nulls(self.task), {}
         switches = getattr(self.target.model, "evaluation_controls", ())
         for control in applicable(self.task, switches):
             predictions = run_control(self.reader, self.source, self.few, control, self.batch_size)
             rate = Rate.of(predictions.hits)
-            bound = {"chance": nulls.uniform, "1/L": nulls.needle_bag}.get(control.expected)
+            bound = getattr(nulls, control.expected, None)
             details["controls"].append(_row(control.name, control.meaning, control.expected, rate,
-                                            None if bound is None else at_chance(rate, bound),
+                                            None if bound is None else rate.at_chance(bound),
                                             float(predictions.in_bag.mean())))
-            if control.expected == "chance":
-                found[control.name] = rate
+            found[control.name] = rate
         return found
 
     def add_references(self, details: dict[str, Any]) -> None:
@@ -210,7 +209,7 @@ class _Asked:
             found[name] = perplexity.figures(sums, has_bytes=False).metrics["val/perplexity"].value
         return found
 
-    def findings(self, rates: dict[str, Rate], result: EvalResult, must_drop: dict[str, Rate], split: str) -> list[str]:
+    def findings(self, rates: dict[str, Rate], result: EvalResult, failed: dict[str, Rate], split: str) -> list[str]:
         """What the rules say, as lines of a log; they need the run's config."""
         config, folder = self.target.config, self.target.run_folder
         if config is None:
@@ -218,7 +217,8 @@ class _Asked:
         step = self.target.checkpoint.step if self.target.checkpoint else 0
         rows = read_metrics(folder) if folder is not None else []
         loss: Metric = result.metrics[f"{split}/loss"]
-        evidence = Evidence(step, rates, needle.nulls(self.task), self.task, config, loss.value, rows, must_drop)
+        evidence = Evidence(step, rates, needle.nulls(self.task), self.task, config, loss.value, rows,
+                            self.request.controls, failed)
         return [line(finding) for finding in findings(evidence)]
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from pretrain.config.needle import NeedleConfig
 from pretrain.config.run import RunConfig
-from pretrain.metrics.needle import Nulls, Rate, hits_needed
+from pretrain.metrics.needle import Nulls, Rate
 from pretrain.models.base import Diagnosis
 from pretrain.monitor.rows import Row
 
@@ -35,8 +35,10 @@ class Evidence:
     val_loss: float
     rows: Sequence[Row] = ()
     """Rows of metrics of the run so far."""
-    must_drop: Mapping[str, Rate] = field(default_factory=dict)
-    """Controls that leave nothing to retrieve, by name."""
+    controlled: bool = False
+    """Whether the controls were run."""
+    failed: Mapping[str, Rate] = field(default_factory=dict)
+    """Of them, those above what a model without a leak reaches."""
 
     def model(self, key: str) -> object:
         """A key of the model's schema, None where it has no such key."""
@@ -93,12 +95,11 @@ def _causes(e: Evidence) -> Iterator[tuple[str, str]]:
 
 def _too_good(e: Evidence) -> Iterator[Diagnosis]:
     hit = e.rates["needle_hit_rate"]
-    high = {name: rate for name, rate in e.must_drop.items() if rate.hits >= hits_needed(rate.n, e.nulls.uniform)}
-    if high:
-        told = ", ".join(f"{name} {rate.value:.1%}" for name, rate in high.items())
+    if e.failed:
+        told = ", ".join(f"{name} {rate.value:.1%}" for name, rate in e.failed.items())
         yield Diagnosis("H1", f"the needle is still found where there is nothing to find ({told})",
                         "a leak: look for the answer in the inputs before reporting anything")
-    elif not e.must_drop and hit.value > 0.2:
+    elif not e.controlled and hit.value > 0.2:
         yield Diagnosis("H1", f"hit rate {hit.value:.1%} is above 20 %: a working memory or a leak",
                         "pretrain eval RUN --task needle --controls before reporting")
 
@@ -106,14 +107,14 @@ def _too_good(e: Evidence) -> Iterator[Diagnosis]:
 def _leak_without_memory(e: Evidence) -> Iterator[Diagnosis]:
     hit = e.rates["needle_hit_rate"]
     token_wise = e.model("n_afrb") == 0 and e.model("disable_attn") is True and not e.model("enable_pvm")
-    if token_wise and hit.hits >= hits_needed(hit.n, e.nulls.uniform):
+    if token_wise and not hit.at_chance(e.nulls.uniform):
         yield Diagnosis("H2", f"a model without attention and without memory finds {hit.hits} of {hit.n} tokens",
                         "a leak in task or evaluation: no figure of this setup counts")
 
 
 def _echo(e: Evidence) -> Iterator[Diagnosis]:
     echo, hit = e.rates.get("needle_echo_rate"), e.rates["needle_hit_rate"]
-    if echo is not None and echo.hits >= hits_needed(echo.n, e.nulls.uniform) and echo.value >= 10 * hit.value:
+    if echo is not None and not echo.at_chance(e.nulls.uniform) and echo.value >= 10 * hit.value:
         yield Diagnosis("H3", f"echo rate {echo.value:.1%} against {hit.value:.1%} found: the model repeats the token "
                         "it is looking at", "the echo is not retrieval; objective.legacy_loss false")
 

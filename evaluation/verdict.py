@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from pretrain.metrics.needle import Nulls, Rate, hits_needed
+from pretrain.metrics.needle import Nulls, Rate
 
 MIN_EXAMPLES = 200
 SEEDS = "A claim needs three seeds with the same result."
@@ -20,11 +20,6 @@ class Verdict:
     words: str
 
 
-def at_chance(rate: Rate, chance: float) -> bool:
-    """Whether chance alone reaches as many hits at least once in a thousand times."""
-    return rate.hits < hits_needed(rate.n, chance)
-
-
 def decide(hit: Rate, nulls: Nulls, *, examples: int, shuffled: Rate | None, null_adapter: Rate | None) -> Verdict:
     """Retrieval is claimed only if the lower bound of the hit rate is above the strongest bag null and above all that
     the matched null adapter may reach, and the needle is not found where it does not stand.
@@ -37,11 +32,11 @@ def decide(hit: Rate, nulls: Nulls, *, examples: int, shuffled: Rate | None, nul
         null_adapter: hit rate of the parameter-matched adapter without memory, trained alike; None: not measured.
     """
     told = f"{hit.value:.2%} of answer tokens ({hit.hits}/{hit.n}, 95% {hit.ci[0]:.2%} to {hit.ci[1]:.2%})"
-    if shuffled is not None and not at_chance(shuffled, nulls.uniform):
+    if shuffled is not None and not shuffled.at_chance(nulls.uniform):
         return Verdict("leak", f"Leak: with the needle replaced in the context the old one is still given in "
                        f"{shuffled.value:.2%} ({shuffled.hits}/{shuffled.n}); {told} is no retrieval.")
     if hit.ci[0] <= nulls.strongest:
-        if at_chance(hit, nulls.uniform):
+        if hit.at_chance(nulls.uniform):
             return Verdict("no retrieval", f"No retrieval: {told} is what guessing any id gives "
                            f"({nulls.uniform:.4%}).")
         if hit.ci[0] <= nulls.context_bag:

@@ -25,6 +25,9 @@ class Rate:
     n: int
     ci: Interval
     """95 %, by cluster bootstrap over examples; exact binomial at 0 and 100 %."""
+    examples: int
+    examples_hit: int
+    """Examples with a hit at all: they are independent, hits within one are not."""
 
     @property
     def value(self) -> float:
@@ -37,7 +40,16 @@ class Rate:
         outcomes = np.asarray(hits, np.bool_)
         rows = outcomes.reshape(len(outcomes), -1)
         sums = rows.sum(axis=1)
-        return cls(int(sums.sum()), rows.size, clustered_proportion(sums, np.full(len(rows), rows.shape[1]), seed=seed))
+        ci = clustered_proportion(sums, np.full(len(rows), rows.shape[1]), seed=seed)
+        return cls(int(sums.sum()), rows.size, ci, len(rows), int((sums > 0).sum()))
+
+    def at_chance(self, probability: float) -> bool:
+        """Whether guessing each trial right with `probability` hits as many examples at least once in a thousand times.
+
+        A model that wanders through its memory may hit many tokens of one example; that is still one example.
+        """
+        each = 1 - (1 - probability) ** (self.n / self.examples)
+        return self.examples_hit < hits_needed(self.examples, each)
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,8 +68,9 @@ def test_an_oracle_is_believed_only_with_its_controls_and_a_null(opened, monkeyp
     results = evaluated(oracle, controls=True)
     rows = by_name(results.details["controls"])
     assert {name: (row["passed"], row["expected"]) for name, row in rows.items()} == {
-        "shuffled_needle": (True, "chance"), "permuted_needle": (True, "1/L"), "query_removed": (True, "chance"),
-        "wrong_key": (True, "chance"), "memory_zero": (True, "chance"), "readout_off": (None, "reported")}
+        "shuffled_needle": (True, "uniform"), "permuted_needle": (True, "needle_bag"),
+        "query_removed": (True, "context_bag"), "wrong_key": (True, "context_bag"),
+        "memory_zero": (True, "uniform"), "readout_off": (None, "reported")}
     assert 0.05 < rows["permuted_needle"]["value"] < 0.25
     assert rows["permuted_needle"]["n"] == 200 * 4
     assert all(check["passed"] for check in results.details["checks"])
@@ -106,7 +107,7 @@ def test_a_model_that_knows_the_answer_without_the_context_is_a_leak(opened):
     results = evaluated(opened(Cheats(400)), controls=True)
     assert results.details["verdict"]["outcome"] == "leak"
     assert results.passed is False
-    assert results.failure == "a leak: shuffled_needle, memory_zero"
+    assert results.failure == "a leak: shuffled_needle, permuted_needle, memory_zero"
     assert any(text.startswith("[DIAG:H1] the needle is still found") for text in results.details["findings"])
 
 
@@ -143,13 +144,13 @@ def test_controls_change_what_they_say_and_nothing_else():
 
 @pytest.mark.parametrize("marker, needles, expected", [
     ("none", 1, {"query_removed": "reported"}), ("tag", 1, {"query_removed": "reported"}),
-    ("key", 1, {"query_removed": "chance", "wrong_key": "chance"}),
+    ("key", 1, {"query_removed": "context_bag", "wrong_key": "context_bag"}),
     ("tagkey", 1, {"query_removed": "reported", "wrong_key": "reported"}),
-    ("tagkey", 2, {"query_removed": "chance", "wrong_key": "chance"})])
+    ("tagkey", 2, {"query_removed": "context_bag", "wrong_key": "context_bag"})])
 def test_a_control_has_a_bound_only_where_the_query_says_what_is_wanted(marker, needles, expected):
     task = NeedleConfig(vocab_size=400, ctx_chunk_len=16, needle_len=4, needle_marker=marker, needles=needles)
     found = {c.name: c.expected for c in applicable(task, {})}
-    assert found == {"shuffled_needle": "chance", "permuted_needle": "1/L", **expected}
+    assert found == {"shuffled_needle": "uniform", "permuted_needle": "needle_bag", **expected}
 
 
 def test_the_task_can_be_changed_and_must_fit(opened):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from evaluation.verdict import at_chance, decide
+from evaluation.verdict import decide
 from pretrain.metrics.needle import Nulls, Rate
 
 NULLS = Nulls.of(pool_size=31800, context_len=512, needle_len=16)
@@ -48,6 +48,14 @@ def test_nothing_is_claimed_without_a_margin_over_the_null_adapter_s_interval():
 
 
 def test_at_chance_asks_what_chance_alone_reaches():
-    assert at_chance(rate(2 / 3200), NULLS.uniform)
-    assert not at_chance(rate(3 / 3200), NULLS.uniform)
-    assert at_chance(rate(2 / 3200), NULLS.context_bag)
+    assert rate(2 / 3200).at_chance(NULLS.uniform)
+    assert not rate(3 / 3200).at_chance(NULLS.uniform)
+    assert rate(2 / 3200).at_chance(NULLS.context_bag)
+
+
+def test_many_hits_in_one_example_are_one_piece_of_evidence():
+    wandering = Rate.of(np.arange(200)[:, None] * np.ones(16) < 2)
+    assert wandering.hits == 32
+    assert wandering.examples_hit == 2
+    assert wandering.at_chance(NULLS.uniform)
+    assert not rate(32 / 3200).at_chance(NULLS.uniform)
