@@ -125,7 +125,8 @@ def _read_tally(config: PrepConfig, units: list[Path]) -> tuple[Tally, dict[str,
         found[source] += sum(entry["documents"] for entry in outcomes.values()) - sum(
             tally.bad.get(source, {}).values())
     tally.require_readable(found, config.max_bad_fraction)
-    return tally, {name: dict(sorted(counts.items())) for name, counts in changes.items() if counts.total()}
+    return tally, {name: {what: count for what, count in sorted(counts.items()) if count}
+                   for name, counts in changes.items() if counts.total()}
 
 
 def _count(config: PrepConfig, corpus: Corpus, tally: Tally, folder: Path) -> dict[str, Any]:

@@ -28,7 +28,7 @@ def prep(
     memory: Annotated[str | None, typer.Option(metavar="SIZE", show_default=False,
                                                help="Of all processes together, as 500 MB or 4 GB.")] = None,
     rank: Annotated[int | None, typer.Option(min=0, show_default=False,
-                                             help="Do only this share of the work, counted from 0; needs --of.")] = None,
+                                             help="Do only this share of the work, counted from 0.")] = None,
     of: Annotated[int | None, typer.Option(min=1, show_default=False, help="Shares there are in all.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the dataset of another config.")] = False,
     log_level: LogLevelOption = LogLevel.INFO,
