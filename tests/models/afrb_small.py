@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from pretrain.config.run import RunConfig
+from pretrain.data.batch import Batch
 from pretrain.models.afrb.family import FAMILY
 from pretrain.models.afrb.schema import AFRBConfig
 from pretrain.models.base import BuildContext
@@ -83,3 +84,28 @@ def open_up(model, seed=0):
 def tokens(rows=2, length=T, seed=0):
     """Random ids."""
     return torch.randint(0, V, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+class Alone:
+    """An `EngineStartContext` of one process over needle-like samples."""
+
+    rank, world_size, device = 0, 1, torch.device("cpu")
+
+    def __init__(self, model=None, rows=4):
+        self.model, self.rows = model, rows
+
+    def train_samples(self, n):
+        ids = tokens(n, T + 1, seed=11)
+        positions = torch.arange(T - self.rows, T).expand(n, -1)
+        tensors = {"input_ids": ids[:, :-1], "labels": ids[:, 1:]}
+        return Batch(torch.arange(n), {**tensors, **({"readout_positions": positions} if self.rows else {})})
+
+    def all_reduce(self, tensor):
+        return tensor
+
+    def full_parameter(self, name, write=None):
+        parameter = self.model.get_parameter(name)
+        if write is not None:
+            with torch.no_grad():
+                parameter.copy_(write)
+        return parameter.detach().clone()

@@ -1,0 +1,124 @@
+"""The backbone's weights from folders of every kind, and adapters in a model that is there already."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import (
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
+
+from pretrain.errors import UserError
+from pretrain.models.afrb.inject import get_pvm_readout, inject_afrb_adapters
+from pretrain.models.afrb.weights import load_backbone
+from pretrain.models.base import BuildContext
+from pretrain.models.baseline.family import FAMILY as BASELINE
+from pretrain.models.baseline.schema import BaselineConfig
+from tests.models.afrb_small import BACKBONES, Alone, V, build, config, hooks, tokens
+
+ROPE = {"rope_type": "default", "rope_theta": 5e5}
+HF = {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
+      "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.1}
+
+
+def native(kind):
+    torch.manual_seed(7)
+    if kind == "llama":
+        return LlamaForCausalLM(LlamaConfig(**HF, rope_parameters=ROPE)).eval()
+    if kind == "mistral":
+        return MistralForCausalLM(MistralConfig(**HF, sliding_window=None)).eval()
+    return GPT2LMHeadModel(GPT2Config(vocab_size=V, n_embd=32, n_layer=2, n_head=4, n_positions=64,
+                                      initializer_range=0.1)).eval()
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gpt2"])
+@pytest.mark.parametrize("disable_attn", [False, True])
+def test_weights_come_from_a_hugging_face_folder(kind, disable_attn, tmp_path):
+    source = native(kind)
+    source.save_pretrained(tmp_path)
+    rope = {"rope_parameters": ROPE} if kind == "llama" else {}
+    model = build({"disable_attn": disable_attn, "backbone": {"hf_config": {**BACKBONES[kind], **rope}}})
+    load_backbone(model, tmp_path)
+    if disable_attn:
+        torch.testing.assert_close(model.get_output_embeddings().weight, source.get_output_embeddings().weight)
+        return
+    ids = tokens()
+    torch.testing.assert_close(model(ids, return_logits=True).logits, source(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_come_from_exports_of_this_stack(tmp_path):
+    """A native export, a wrapped one, one without the tied output table, and published GPT-2 names."""
+    plain = BASELINE.build(BaselineConfig(body="gpt2", vocab_size=V, hidden_size=32, num_layers=2, num_heads=4,
+                                          max_position_embeddings=64), BuildContext(seed=3)).eval()
+    ids = tokens()
+    want = plain(ids, return_logits=True).logits
+    BASELINE.export(plain).save_pretrained(tmp_path / "native")
+    plain.save_pretrained(tmp_path / "wrapped")
+    bare = {name.removeprefix("transformer."): value.clone() for name, value in plain.native.state_dict().items()
+            if "lm_head" not in name}
+    (tmp_path / "bare").mkdir()
+    save_file(bare, tmp_path / "bare" / "model.safetensors")
+    for folder in ("native", "wrapped", "bare"):
+        model = build({}, "gpt2")
+        load_backbone(model, tmp_path / folder)
+        torch.testing.assert_close(model(ids, return_logits=True).logits, want, rtol=1e-4, atol=1e-5)
+
+
+def test_folders_that_do_not_fit_are_named(tmp_path):
+    model = build()
+    with pytest.raises(UserError, match=r"model.backbone.weights: .* is no folder"):
+        load_backbone(model, tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"no .safetensors file"):
+        load_backbone(model, tmp_path)
+    native("gpt2").save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(UserError, match=r"holds no model.embed_tokens.weight"):
+        load_backbone(model, tmp_path / "gpt2")
+    LlamaForCausalLM(LlamaConfig(**{**HF, "vocab_size": 50})).save_pretrained(tmp_path / "small")
+    with pytest.raises(UserError, match=r"embed_tokens.weight is \[50, 32\] in .*makes it \[97, 32\]"):
+        load_backbone(model, tmp_path / "small")
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "model.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(UserError, match=r"torn.*cannot be read"):
+        load_backbone(model, tmp_path / "torn")
+
+
+def test_the_hooks_read_weights_of_fresh_runs_only(tmp_path):
+    source = native("gpt2")
+    source.save_pretrained(tmp_path)
+    cfg = config({"disable_attn": True}, "gpt2")
+    named = cfg.model_copy(update={"backbone": cfg.backbone.model_copy(update={"weights": str(tmp_path)})})
+    for init_from, equal in ((None, True), ("elsewhere", False)):
+        model = build({"disable_attn": True}, "gpt2")
+        run = hooks({"disable_attn": True})
+        run.cfg, run.fresh = named, init_from is None
+        run.before_engine(Alone(model))
+        assert torch.equal(model.get_input_embeddings().weight, source.get_input_embeddings().weight) == equal
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gpt2"])
+def test_adapters_in_a_model_that_is_there(kind):
+    """The wrapped model starts as the given one, on the same weights; readouts come back with their state."""
+    source = native(kind)
+    ids = tokens()
+    wrapped = inject_afrb_adapters(source, n_afrb=2).eval()
+    torch.testing.assert_close(wrapped(ids, return_logits=True).logits, source(ids).logits, rtol=1e-4, atol=1e-5)
+    assert wrapped.get_output_embeddings().weight is source.get_output_embeddings().weight
+    assert len(wrapped.afrb_adapters) == 2 and wrapped.schema.alpha == 0.04
+    remembering = inject_afrb_adapters(source, 1, 0.04, 6.0, 0.2, "cpu", True, 0.3, 0.9, disable_attn=True,
+                                       readout_mode="state").eval()
+    assert remembering.schema.pvm_beta == 0.9
+    whole, _ = get_pvm_readout(remembering, ids)
+    _, state = get_pvm_readout(remembering, ids[:, :30])
+    torch.testing.assert_close(get_pvm_readout(remembering, ids[:, 30:], state)[0], whole, rtol=1e-4, atol=1e-4)
+    bert = BertModel(BertConfig(vocab_size=V, hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
+                                intermediate_size=32))
+    with pytest.raises(ValueError, match="sees tokens on both sides"):
+        inject_afrb_adapters(bert)
