@@ -152,6 +152,34 @@ def test_a_signal_before_the_first_step_leaves_at_once_and_loses_nothing(warm: W
     assert train(warm, folder, "train.length=5 steps").wait() == 0
 
 
+SLOW_EVALUATION = """
+import time
+from pretrain.engine.views import TrainingView
+forward = TrainingView.forward
+def slow(view, **inputs):
+    time.sleep(0.05)
+    return forward(view, **inputs)
+TrainingView.forward = slow
+"""
+
+
+def test_a_signal_in_the_final_evaluation_is_served_and_only_that_is_left(warm: Warm, folder: Path) -> None:
+    root = folder / "runs/tiny"
+    sets = ("train.length=4 steps", "batch.micro_batch_size=1", "eval.max_batches=null")
+    run = train(warm, folder, *sets, before=SLOW_EVALUATION)
+    until(lambda: len(losses(root)) == 4)
+    run.send(signal.SIGTERM)
+    assert run.wait() == 85, run.stderr
+    assert (status(root).state, status(root).reason, status(root).step) == ("stopped", "SIGTERM", 4)
+    assert checkpoints(root)[4] == []
+    assert rows(root, "val/loss") == {}
+    again = train(warm, folder, *sets)
+    assert again.wait() == 0, again.stderr
+    assert list(rows(root, "val/loss")) == [4]
+    assert list(losses(root)) == [1, 2, 3, 4]
+    assert status(root).state == "done"
+
+
 def test_requests_in_the_control_folder_are_served(warm: Warm, folder: Path) -> None:
     root = folder / "runs/tiny"
     run = train(warm, folder, "train.length=5000 steps", "checkpoint.every=null", "eval.every=null",

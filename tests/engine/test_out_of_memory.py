@@ -81,6 +81,18 @@ def test_an_address_space_limit_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "ulimit -v leaves it " in describe("a step", *arguments())
 
 
+def test_what_others_hold_of_a_gpu_is_said_and_left_to_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 30, 80 << 30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 19 << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    config, batch, precision, world = arguments()
+    world.device = torch.device("cuda", 0)
+    line = describe("the backward pass", config, batch, precision, world)
+    assert "NVIDIA H100 80GB HBM3 has 80.00 GiB, of which other processes hold 60.00 GiB; " in line
+    suggested = line.split("batch.micro_batch_size=")[1]
+    assert float(suggested.split("(")[1].split(" GiB")[0]) <= 20
+
+
 def test_an_error_in_a_phase_is_told_with_the_innermost_one() -> None:
     clock = TimeShares()
 
