@@ -1,0 +1,82 @@
+"""docs/afrb.md maps every option of the original to ours: the table is complete, and every key in it exists."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from pretrain.config.presets import list_presets
+from pretrain.config.run import RunConfig
+from pretrain.config.sections import child_annotation, fields_of, section_class
+
+PAGE = (Path(__file__).parents[2] / "docs" / "afrb.md").read_text()
+OPTIONS = """\
+save preset model task n-afrb alpha gamma omega omega-delta phase-delta cascade-lambda cascade-kappa phase-mode
+layerscale-init mixer adaptive-omega adaptive-omega-lr adaptive-omega-interval omega-min omega-max block-warm-delta
+block-ramp phase-ramp stillness-ema enable-pvm pvm-alpha pvm-beta pvm-gate-init pvm-order pvm-omega-mode
+pvm-write-gate t2-enable t2-steps t2-mode t2-k t2-alpha t2-omega t2-phi readout-from readout-mode readout-tau
+readout-topk readout-scale readout-window needle-query-mode readout-head kiss-ridge-calib kiss-ridge-max-pairs
+kiss-ridge-l2 kiss-ridge-unfreeze-step pvm2emb-ridge-recalib infonce-weight infonce-negatives infonce-tau
+lambda-retrieval disable-attn disable-attn-mode needle-query needle-len ctx-chunks ctx-chunk-len needle-marker
+needle-train-size needle-eval-examples eval-soft-topk seq steps eval-only bs ga lr warmup-steps grad-clip seed
+gradient-checkpointing skip-phase-metrics log-interval eval-interval num-workers prefetch pin-memory resume
+resume-mode kiss-ridge-force kiss-ridge-l2-absolute auto-lr-backoff pvm-carry-state phase-curvature-metrics
+log-readout-stats enable-rca curriculum-learning curriculum-steps-per-stage phase-alignment-weight
+freeze-readout-steps sir-dim hard-pointer-scale mem-acc-exact enable-plm pcm-enable deepspeed zero-stage controls
+legacy-parity"""
+TAGS = {"model": {"family": "afrb"}, "data": {"source": {"kind": "needle"}}, "objective": {"name": "needle"}}
+
+
+def rows(section: str) -> list[list[str]]:
+    """Cells of the first table of a section."""
+    text = PAGE.split(f"\n## {section}\n")[1].split("\n## ")[0]
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def exists(key: str) -> bool:
+    """Whether a run config of the AFRB family on needles has this key."""
+    annotation, value = RunConfig, TAGS
+    for part in key.split("."):
+        section = section_class(annotation, value)
+        if section is None:  # a free mapping, or a scalar that has no parts
+            return False
+        if part not in fields_of(section):
+            return False
+        annotation, value = child_annotation(annotation, value, part), value.get(part, {}) if value else {}
+    return True
+
+
+def test_a_key_is_told_from_none():
+    assert exists("model.pvm_alpha")
+    assert exists("data.source.ctx_chunks")
+    assert exists("optim.lr")
+    assert not exists("model.pvm_alfa")
+    assert not exists("optim.lr.x")
+    assert not exists("data.source.path")
+
+
+def test_the_table_has_every_option_once():
+    given = [re.fullmatch(r"`--([a-z0-9-]+)`", cells[0])[1] for cells in rows("From the original's commands")]
+    assert sorted(given) == sorted(set(OPTIONS.split()))
+
+
+@pytest.mark.parametrize("cells", rows("From the original's commands"), ids=lambda cells: cells[0].strip("`"))
+def test_its_key_exists_or_a_note_says_what_stands_for_it(cells):
+    if cells[1] == "-":
+        assert cells[2]
+    else:
+        assert exists(cells[1].strip("`"))
+
+
+def test_every_key_and_preset_that_the_page_names_exists():
+    configs = PAGE.split("\n## Python\n")[0].replace("train.log", "")
+    for key in re.findall(r"`((?:model|data|objective|optim|engine|eval|train|batch)\.[a-z0-9_.]+)", configs):
+        assert exists(key.rstrip(".")), key
+    presets = set(list_presets())
+    for name in re.findall(r"`(afrb-[a-z0-9-]+)`", PAGE):
+        assert name in presets or any(preset.startswith(name) for preset in presets), name
+    named = set(re.findall(r"`(afrb-[a-z0-9-]+|-[a-z]+)`", PAGE))
+    for preset in presets:
+        if preset.startswith("afrb-") and not preset.endswith("-small"):
+            assert preset in named or f"-{preset.rsplit('-', 1)[1]}" in named, f"{preset} is not on the page"
