@@ -8,7 +8,16 @@ from typing import Any
 import torch
 
 from pretrain.engine.distributed import World
-from tests.engine import afrb_cases, elastic_cases, feature_cases, interruption_cases, rewind_cases, shared_cases, toy
+from tests.engine import (
+    afrb_cases,
+    background_cases,
+    elastic_cases,
+    feature_cases,
+    interruption_cases,
+    rewind_cases,
+    shared_cases,
+    toy,
+)
 from tests.engine.running import finish, run, start
 from tests.engine.world import main
 
@@ -83,7 +92,7 @@ CASES = {"bare_loop": bare_loop, "splits": shared_cases.splits, "contrastive": s
          "evaluation_changes_nothing": evaluation_changes_nothing, "golden": golden,
          "next_link": next_link, "undisturbed": elastic_cases.undisturbed, "proof": elastic_cases.proof,
          **feature_cases.CASES, **rewind_cases.CASES, **interruption_cases.CASES,
-         **afrb_cases.CASES}
+         **background_cases.CASES, **afrb_cases.CASES}
 
 if __name__ == "__main__":
     main(CASES)

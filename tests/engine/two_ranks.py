@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.engine.distributed import World
-from tests.engine import afrb_cases, elastic_cases, interruption_cases, rewind_cases, shared_cases
+from tests.engine import afrb_cases, background_cases, elastic_cases, interruption_cases, rewind_cases, shared_cases
 from tests.engine.world import main
 
 
@@ -17,7 +17,7 @@ CASES = {"splits": shared_cases.splits, "contrastive": shared_cases.contrastive,
          "resume": shared_cases.resume, "not_finite": shared_cases.not_finite,
          "frozen_and_buffers": shared_cases.frozen_and_buffers, "read_write": shared_cases.read_write,
          "last_link": last_link, "interrupted": elastic_cases.interrupted,
-         **rewind_cases.CASES, **interruption_cases.CASES,
+         **rewind_cases.CASES, **interruption_cases.CASES, **background_cases.CASES,
          **afrb_cases.CASES}
 
 if __name__ == "__main__":
