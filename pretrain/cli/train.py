@@ -72,23 +72,26 @@ def _as_branch(loaded: LoadedConfig) -> LoadedConfig:
 
 
 def evaluators(config: RunConfig) -> Sequence[Evaluator]:
-    """What a run evaluates in training: needles where it trains on them, else perplexity and texts.
-
-    Only of language models that have a validation split.
+    """What a run evaluates in training: needles where it trains on them, else perplexity and texts; of encoders, what
+    their vectors are worth. Only where there is a validation split.
     """
     from pathlib import Path
 
+    from evaluation.embedding_training import EmbeddingEvaluator
     from evaluation.needle import NeedleEvaluator
     from evaluation.perplexity import PerplexityEvaluator
     from evaluation.phase import PhaseEvaluator, measures_phases
     from evaluation.samples import SamplesEvaluator
     from pretrain.data.needle import NeedleSource
     from pretrain.data.open import open_validation
+    from pretrain.data.pairs import PairSource
     from pretrain.runfolder.layout import RunFolder
-    source = open_validation(config) if config.model.kind == "causal_lm" else None
+    source = open_validation(config)
     if source is None:
         return []
     found: list[Evaluator] = []
+    if config.model.kind == "encoder":
+        return [EmbeddingEvaluator(config.eval.every, config.eval.embedding)] if isinstance(source, PairSource) else []
     if isinstance(source, NeedleSource):
         found.append(NeedleEvaluator(config.eval.every, config.eval.max_batches))
     if not isinstance(source, NeedleSource) or not source.config.needle_query:

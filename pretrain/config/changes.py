@@ -56,7 +56,7 @@ _KEYS: tuple[tuple[Rule, tuple[str, ...]], ...] = (
             "train.max_rewinds", "train.max_bad_steps")),
     (RATE, ("train.length", "schedule.name", "schedule.warmup", "schedule.min_lr_ratio", "schedule.decay",
             "schedule.plateau_patience", "schedule.plateau_factor")),
-    (JUDGED, ("eval.metric", "eval.max_batches", "data.validation")),
+    (JUDGED, ("eval.metric", "eval.max_batches", "eval.embedding", "data.validation")),
     (ROUNDING, ("engine.precision", "engine.compile", "engine.deterministic", "engine.deepspeed")),
     (FREE, ("name", "runs_dir", "data.workers", "data.prefetch", "batch.micro_batch_size",
             "batch.gradient_accumulation_steps", "train.max_hours", "train.init_from", "train.resume",

@@ -127,6 +127,20 @@ class CheckpointConfig(Section):
     mirror: MirrorConfig | None = Field(None, description="copy of checkpoints to a second folder; null: none")
 
 
+class EmbeddingEvalConfig(Section):
+    """What encoders are evaluated on while they train, beside the validation split of their pairs."""
+
+    sts: str | None = Field(None, description="file of sentence1, sentence2, score for val/sts_spearman: a dev split, "
+                            "never the test split")
+    quick_pairs: int = Field(200, ge=2, description="pairs of val/sts_quick, a fixed subset; it selects nothing")
+    target_sts: float | None = Field(None, gt=0, le=1, description="what the log line shows progress towards")
+    head: str | None = Field(None, description="head of val/ndcg@10 and val/recall@10; null: the default one")
+    queries: int = Field(1000, ge=1, description="most queries of retrieval")
+    pool: int = Field(2000, ge=2, description="passages searched: those of the split, filled up from train")
+    collapse_texts: int = Field(512, ge=2, description="passages whose effective rank and mean cosine are told")
+    loss_triplets: int | None = Field(2000, ge=32, description="triplets of val/loss; null: the whole split")
+
+
 class EvalConfig(Section):
     """Validation during training. Selection is on validation; test is only ever reported."""
 
@@ -135,6 +149,7 @@ class EvalConfig(Section):
     max_batches: int | None = Field(None, ge=1, description="global batches an evaluation; null: the whole split")
     metric: str = Field("val/loss", description="metric that selects the best checkpoint")
     samples: int = Field(0, ge=0, le=64, description="texts generated at each evaluation (causal LMs)")
+    embedding: EmbeddingEvalConfig = Field(default_factory=EmbeddingEvalConfig)
 
 
 class MonitorConfig(Section):

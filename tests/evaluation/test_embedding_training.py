@@ -1,0 +1,125 @@
+"""Encoders judged while they train: the same figures on any number of ranks, and the log line of the monitor."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+
+from data_prep.config import PrepConfig
+from data_prep.pipeline import prepare
+from evaluation.embedding_training import EmbeddingEvaluator, progress_name
+from pretrain.config.run import RunConfig
+from pretrain.engine.evaluator import EvalResult
+from pretrain.models.base import BuildContext
+from pretrain.models.baseline.family import build
+from pretrain.models.baseline.schema import BaselineConfig
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """A run of a small BERT on 400 pairs, of which a share is validation, with judged pairs beside."""
+    folder = tmp_path_factory.mktemp("pairs")
+    with (folder / "rows.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["query", "positive"])
+        rows.writerows([f"question {i} about thing {i * 7}", f"the thing {i * 7} is what {i} asks"] for i in range(400))
+    prepare(PrepConfig.model_validate({
+        "out": str(folder / "set"), "splits": {"val": 0.3},
+        "sources": [{"kind": "pair_table", "name": "rows", "path": str(folder / "rows.csv")}],
+        "tokenizer": {"vocab_size": 300}, "workers": 1}))
+    (folder / "sts.csv").write_text("".join(f"thing {i},thing {i + i % 5},{5 - i % 5}\n" for i in range(60)))
+    return RunConfig.model_validate({
+        "model": {"family": "baseline", "body": "bert", "vocab_size": 300, "hidden_size": 32, "num_layers": 1,
+                  "num_heads": 2, "max_position_embeddings": 64},
+        "data": {"seq_len": 64, "source": {"kind": "pairs", "path": str(folder / "set"), "query_length": 32,
+                                           "passage_length": 64}},
+        "objective": {"name": "contrastive"},
+        "batch": {"micro_batch_size": 1, "gradient_accumulation_steps": 4},
+        "eval": {"every": "500 micro_steps", "embedding": {
+            "sts": str(folder / "sts.csv"), "target_sts": 0.8, "quick_pairs": 20, "queries": 40, "pool": 100}}})
+
+
+class View:
+    """One of several ranks, all in this process."""
+
+    def __init__(self, config: RunConfig, model: torch.nn.Module, rank: int, world: int, parts: dict[int, torch.Tensor],
+                 barrier: threading.Barrier) -> None:
+        self.config, self.model, self.rank, self.world = config, model, rank, world
+        self.device, self.step, self.forwards = torch.device("cpu"), 126, 0
+        self._parts, self._barrier = parts, barrier
+
+    def forward(self, *, controls: Mapping[str, float] | None = None, **inputs: Any) -> Any:
+        self.forwards += 1
+        with torch.no_grad():
+            return self.model(**inputs)
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        self._parts[self.rank] = tensor.clone()
+        self._barrier.wait()
+        tensor.copy_(torch.stack([self._parts[rank] for rank in range(self.world)]).sum(0))
+        self._barrier.wait()
+        return tensor
+
+
+def evaluate(config: RunConfig, world: int) -> tuple[list[EvalResult], set[int]]:
+    """Results of all ranks, and how many forwards each ran."""
+    assert isinstance(config.model, BaselineConfig)
+    model = build(config.model, BuildContext(seed=0)).eval()
+    parts: dict[int, torch.Tensor] = {}
+    barrier = threading.Barrier(world, timeout=60)
+    views = [View(config, model, rank, world, parts, barrier) for rank in range(world)]
+    found: dict[int, EvalResult] = {}
+
+    def run(rank: int) -> None:
+        found[rank] = EmbeddingEvaluator(config.eval.every, config.eval.embedding).evaluate(views[rank])
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    return [found[rank] for rank in range(world)], {view.forwards for view in views}
+
+
+def test_figures_do_not_depend_on_the_number_of_ranks(config: RunConfig) -> None:
+    alone = evaluate(config, 1)[0][0].metrics
+    for world in (2, 3):
+        results, forwards = evaluate(config, world)
+        assert len(forwards) == 1
+        for result in results:
+            for name, metric in result.metrics.items():
+                # A last batch of the loss that is not full falls to another place with another number of ranks.
+                assert metric.value == pytest.approx(alone[name].value, abs=1e-5), name
+                assert metric.n == alone[name].n, name
+
+
+def test_an_untrained_encoder_is_near_chance_and_the_loss_near_the_log_of_the_batch(config: RunConfig) -> None:
+    found = evaluate(config, 1)[0][0].metrics
+    assert found["val/loss"].value == pytest.approx(3.47, abs=0.6)  # ln 32
+    assert found["val/loss"].n % 32 == 0
+    assert found["val/recall@10"].n == 40
+    assert 0 < found["val/effective_rank"].value <= 32
+
+
+def test_the_monitor_tells_the_multiple_that_was_due(config: RunConfig, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "pretrain"):
+        found = evaluate(config, 1)[0][0].metrics
+    value = found["val/sts_spearman"].value
+    assert "[MONITOR] Running quick STS evaluation at step 500..." in caplog.messages
+    assert f"[MONITOR] STS-B: {value:.4f} | Target: 0.8000 | Progress: {100 * value / 0.8:.1f}%" in caplog.messages
+    assert found["val/sts_quick"].n == 20
+
+
+@pytest.mark.parametrize(("step", "every", "told"), [(0, "500 micro_steps", "0"), (126, "500 micro_steps", "500"),
+                                                     (250, "500 micro_steps", "1000"), (7, "5 steps", "5")])
+def test_where_a_run_stands_is_told_in_the_unit_of_its_interval(config: RunConfig, step: int, every: str,
+                                                                told: str) -> None:
+    changed = config.model_copy(update={"eval": config.eval.model_validate({"every": every})})
+    view = View(changed, torch.nn.Identity(), 0, 2, {}, threading.Barrier(1))
+    view.step = step
+    assert progress_name(view) == told
