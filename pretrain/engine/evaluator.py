@@ -43,7 +43,8 @@ class RunView(Protocol):
     def forward(self, *, controls: Mapping[str, float] | None = None, **inputs: Any) -> Any:
         """The model in eval mode without gradient. Collective: every rank calls it the same number of times.
 
-        `controls` come on top of those that the family's hooks give for this step.
+        `controls` come on top of those that the family's hooks give for this step. What it raises is passed on: that is
+        how a request to stop cuts an evaluation short, at the same call on every rank.
         """
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
