@@ -1,7 +1,8 @@
-"""Cases of AFRB's parts that several ranks take part in."""
+"""Cases of AFRB that several ranks take part in."""
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch.distributed as dist
 
 from pretrain.engine.distributed import World
 from pretrain.ops.linear_recurrence import linear_recurrence
+from tests.engine.running import finish, run, start
 
 
 def sequence_parallel(world: World, folder: Path) -> dict[str, Any]:
@@ -38,4 +40,84 @@ def sequence_parallel(world: World, folder: Path) -> dict[str, Any]:
     return found
 
 
-CASES = {"sequence_parallel": sequence_parallel}
+GPT2 = {"model_type": "gpt2", "vocab_size": 96, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64,
+        "initializer_range": 0.2}
+LLAMA = {"model_type": "llama", "vocab_size": 96, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+         "intermediate_size": 24, "max_position_embeddings": 64, "tie_word_embeddings": False, "initializer_range": 0.2}
+MODELS: dict[str, dict[str, Any]] = {
+    # Tied tables, two blocks with memory, a calibrated map that is frozen for two steps, frequencies that learn.
+    "vector": {"family": "afrb", "backbone": {"hf_config": GPT2}, "n_afrb": 2, "enable_pvm": True, "disable_attn": True,
+               "adaptive_omega": True, "layerscale_init": 0.1, "kiss_ridge_calib": True, "kiss_ridge_max_pairs": 64,
+               "kiss_ridge_unfreeze_step": 2, "block_ramp": 2},
+    # Attention kept, a memory of tokens with a write gate, its scale measured before the first step.
+    "matrix": {"family": "afrb", "backbone": {"hf_config": LLAMA}, "enable_pvm": True, "pvm_memory": "matrix",
+               "pvm_dk": 16, "pvm_dv": 8, "pvm_write_gate": True, "layerscale_init": 0.1},
+}
+NEEDLES = {"seq_len": 41, "source": {"kind": "needle", "vocab_size": 96, "ctx_chunks": 2, "ctx_chunk_len": 16,
+                                     "needle_len": 4, "needle_marker": "key", "pool_margin": 8}}
+NOTHING_STAYS = {"zero_optimization": {"stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0,
+                                       "stage3_max_reuse_distance": 0}}
+"""Every weight is gathered for the forward of its own module only, so one that is read elsewhere is empty."""
+
+
+def _sections(world: World, model: str, stage: int, **engine: Any) -> dict[str, Any]:
+    extra = {"deepspeed": NOTHING_STAYS} if stage == 3 else {}
+    return {"model": MODELS[model], "data": NEEDLES, "objective": {"name": "needle", "infonce_weight": 0.3},
+            "batch": {"global_batch_size": 8, "gradient_accumulation_steps": 4 // world.size},
+            "train": {"length": "4 steps"}, "schedule": {"name": "constant", "warmup": None},
+            "engine": {"zero_stage": stage, **extra, **engine}}
+
+
+def needles(world: World, folder: Path) -> dict[str, Any]:
+    """Losses on needles for both kinds of memory and every stage; bf16 and activation checkpointing beside it."""
+    found: dict[str, Any] = {}
+    for model in MODELS:
+        for stage in (0, 2, 3):
+            found[f"{model} {stage}"] = run(world, folder, f"{model}-{stage}", **_sections(world, model, stage))
+        found[f"{model} checkpointing"] = run(world, folder, f"{model}-checkpointing", **_sections(
+            world, model, 3, activation_checkpointing=True))
+    found["matrix bf16"] = run(world, folder, "matrix-bf16", **_sections(world, "matrix", 2, precision="bf16"))
+    return found
+
+
+def frozen_map(world: World, folder: Path) -> dict[str, Any]:
+    """The readout map and what a resume keeps: calibrated once, frozen for two steps, then trained; tables whitened."""
+    found: dict[str, Any] = {}
+    for stage in (0, 3):
+        trainer = start(world, folder, f"vector-{stage}", **_sections(world, "vector", stage))
+        maps = [trainer.engine.read("readout.project")]
+        for _ in range(3):
+            trainer.step()
+            maps.append(trainer.engine.read("readout.project"))
+        trainer._save()
+        finish(trainer)
+        again = start(world, folder, f"vector-{stage}", **_sections(world, "vector", stage))
+        resumed = again.engine.read("readout.project")
+        calibrated = float(again.engine.model.calibrated)
+        again.train()
+        parts = finish(again)
+        found[str(stage)] = {"moved": [not torch.equal(a, b) for a, b in itertools.pairwise(maps)],
+                             "same": torch.equal(resumed, maps[-1]), "calibrated": calibrated, "losses": parts}
+    return found
+
+
+def built_in_parts(world: World, folder: Path) -> dict[str, Any]:
+    """Weights partitioned while they are built: initialised, whitened and calibrated all the same."""
+    found = {}
+    for model in MODELS:
+        trainer = start(world, folder, model, **_sections(world, model, 3, zero3_init="on"))
+        own = trainer.engine.model
+        name = "readout.project" if model == "vector" else "memory.key"
+        weight = trainer.engine.read(name).double()
+        found[model] = {"spread": float(weight.std()), "parts": all(hasattr(p, "ds_id") for p in own.parameters())}
+        if own.memory is not None:
+            found[model] |= {"whitened": float((own.memory.output_rows.root - torch.eye(16)).abs().max()),
+                             "orthogonal": float((weight @ weight.T - torch.eye(16)).abs().max()),
+                             "scale": float(own.memory.log_scale.start.exp())}
+        trainer.train()
+        found[model]["losses"] = finish(trainer)
+    return found
+
+
+CASES = {"sequence_parallel": sequence_parallel, "afrb_needles": needles, "afrb_frozen_map": frozen_map,
+         "afrb_built_in_parts": built_in_parts}

@@ -18,3 +18,37 @@ def test_a_recurrence_over_ranks_equals_one_rank(one: dict[str, Any], two: dict[
     for several in (two, four):
         for want, got in zip(alone, case(several, "sequence_parallel")[form], strict=True):
             assert got == pytest.approx(want, rel=1e-12, abs=1e-12)
+
+
+STAGES = ("vector 0", "vector 2", "vector 3", "vector checkpointing", "matrix 0", "matrix 2", "matrix 3",
+          "matrix checkpointing")
+
+
+def test_losses_depend_neither_on_stage_nor_on_ranks(one: dict[str, Any], two: dict[str, Any],
+                                                     four: dict[str, Any]) -> None:
+    """Tables looked up by id, maps frozen by mask, scalars and tied tables: the same at ZeRO-0, 2, 3 and 1, 2, 4 ranks.
+
+    Stage 3 keeps no weight between two uses, so one that is read outside of its module would be empty.
+    """
+    want = case(one, "afrb_needles")
+    for world in (one, two, four):
+        found = case(world, "afrb_needles")
+        for key in STAGES:
+            assert found[key] == pytest.approx(want[f"{key.split()[0]} 0"], rel=1e-5), key
+        assert found["matrix bf16"] == pytest.approx(want["matrix 0"], rel=2e-2)
+
+
+def test_the_readout_map_is_fitted_once_and_frozen_as_long_as_asked(small: dict[str, Any]) -> None:
+    for found in case(small, "afrb_frozen_map").values():
+        assert found["moved"] == [False, False, True] and found["same"] and found["calibrated"] == 1.0
+    stages = case(small, "afrb_frozen_map")
+    assert stages["0"]["losses"] == pytest.approx(case(small, "afrb_needles")["vector 0"], rel=1e-6)
+    assert stages["3"]["losses"] == pytest.approx(stages["0"]["losses"], rel=1e-5)
+
+
+def test_weights_partitioned_as_they_are_built_are_whole_for_what_comes_before_the_first_step(
+        small: dict[str, Any]) -> None:
+    found = case(small, "afrb_built_in_parts")
+    assert all(each["parts"] for each in found.values()) and all(len(each["losses"]) == 4 for each in found.values())
+    assert found["matrix"]["orthogonal"] < 1e-4 and found["matrix"]["whitened"] > 0.1
+    assert found["matrix"]["scale"] >= 10 and found["vector"]["spread"] > 1e-3

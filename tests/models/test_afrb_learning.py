@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pretrain.data.batch import Batch
-from pretrain.models.afrb.calibration import calibrate, whiten_tables
+from pretrain.models.afrb.calibration import fit_readout, set_readout, whiten_tables
 from tests.models.afrb_small import Alone, build
 
 
@@ -92,6 +92,7 @@ def test_a_random_memory_is_calibrated_to_find_needles():
     test = needles(30, 128, 1024, torch.Generator().manual_seed(3))
     model.schema = model.schema.model_copy(update={"kiss_ridge_max_pairs": 2048})
     assert hit_rate(model, test, 134) < 0.01
-    fit = calibrate(model, Needles(model))
+    fit = fit_readout(model, Needles(model))
+    set_readout(model, Needles(model), fit)
     assert fit.r2_heldout > 0.01
     assert hit_rate(model, test, 134) > 0.3

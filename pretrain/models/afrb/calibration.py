@@ -62,20 +62,22 @@ def whiten_tables(model: AFRBForCausalLM) -> None:
 
 @torch.no_grad()
 def set_scale(model: AFRBForCausalLM, ctx: Start) -> float:
-    """Start the memory's logits at 30 times the standard deviation of the backbone's. Returns the scale. Collective."""
+    """Start the memory's logits at 30 times the standard deviation of the backbone's. Returns the scale.
+
+    Every rank measures the same samples, so that the scale does not depend on their number.
+    """
     memory = model.memory
     assert memory is not None
-    batch = _own_rows(ctx.train_samples(_MEASURED_ROWS * ctx.world_size), ctx)
+    batch = ctx.train_samples(_MEASURED_ROWS).to(ctx.device)
     logits = model(**_inputs(batch), return_logits=True, logits_to_keep=_ROWS, controls={"readout_off": 1.0}).logits
-    spread = (logits.float() - logits.float().mean(-1, keepdim=True)).square().mean(dtype=torch.float32)
-    mean = ctx.all_reduce(spread) / ctx.world_size
-    scale = max(_LEAST_SCALE, _SCALE * math.sqrt(float(mean)))
+    spread = (logits.float() - logits.float().mean(-1, keepdim=True)).square().mean().sqrt()
+    scale = max(_LEAST_SCALE, _SCALE * float(spread))
     memory.log_scale.start.fill_(math.log(scale))
     return scale
 
 
 @torch.no_grad()
-def calibrate(model: AFRBForCausalLM, ctx: Start) -> RidgeFit:
+def fit_readout(model: AFRBForCausalLM, ctx: Start) -> RidgeFit:
     """Fit the readout map to pairs (what the memory says, row of the wanted token) of training samples. Collective.
 
     Each rank computes its share of the samples, all get all pairs, so the fit is the same on every rank.
@@ -83,13 +85,19 @@ def calibrate(model: AFRBForCausalLM, ctx: Start) -> RidgeFit:
     cfg = model.schema
     features, targets = collect_pairs(model, ctx, cfg.kiss_ridge_max_pairs)
     fit = fit_ridge(features, targets, cfg.kiss_ridge_l2, absolute=cfg.kiss_ridge_l2_absolute)
-    name = "memory.project" if model.memory is not None else "readout.project"
-    ctx.full_parameter(name, fit.weight.T.float().contiguous())
     _log.info("[KISS-RIDGE] Calibrated pvm2emb: %d pairs, λ=%g", fit.pairs, cfg.kiss_ridge_l2)
     _log.info("[KISS-RIDGE] R2 train=%.4f heldout=%.4f", fit.r2_train, fit.r2_heldout)
     _log.info("[KISS-RIDGE] cosine train=%.4f heldout=%.4f rank=%d condition=%.3g", fit.cosine_train,
               fit.cosine_heldout, fit.rank, fit.condition)
     return fit
+
+
+def set_readout(model: AFRBForCausalLM, ctx: Start, fit: RidgeFit) -> None:
+    """Take the fitted map. Collective; not while weights are gathered."""
+    name = "memory.project" if model.memory is not None else "readout.project"
+    ctx.full_parameter(name, fit.weight.T.float().contiguous())
+    assert model.calibrated is not None
+    model.calibrated.fill_(1.0)
 
 
 def collect_pairs(model: AFRBForCausalLM, ctx: Start, wanted: int) -> tuple[Tensor, Tensor]:

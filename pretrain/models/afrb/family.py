@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from pretrain.config.run import OptimConfig, RunConfig
-from pretrain.models.afrb.calibration import calibrate, set_scale, whiten_tables
+from pretrain.models.afrb.calibration import fit_readout, set_readout, set_scale, whiten_tables
 from pretrain.models.afrb.model import AFRBForCausalLM, hf_config
 from pretrain.models.afrb.schema import AFRBConfig
 from pretrain.models.afrb.weights import load_backbone
@@ -77,17 +77,18 @@ class AFRBHooks(Hooks):
             return
         was_training = model.training
         model.eval()
+        fit = None
         with _whole(model):
             whiten_tables(model)
             if model.memory is not None and self.cfg.pvm_scale is None and self.fresh:
                 _log.info("pvm: logits start at scale %.3g", set_scale(model, ctx))
-            done = model.calibrated is not None and bool(model.calibrated)
-            if self.cfg.kiss_ridge_calib and (self.cfg.kiss_ridge_force or not done):
-                fit = calibrate(model, ctx)
-                model.calibrated.fill_(1.0)
-                if not fit.r2_heldout >= _NO_CALIBRATION:
-                    _log.warning("[DIAG:K1] R2 of %.4f on held-out pairs | calibration carries no information",
-                                 fit.r2_heldout)
+            if self.cfg.kiss_ridge_calib and (self.cfg.kiss_ridge_force or not bool(model.calibrated)):
+                fit = fit_readout(model, ctx)
+        if fit is not None:
+            set_readout(model, ctx, fit)
+            if not fit.r2_heldout >= _NO_CALIBRATION:
+                _log.warning("[DIAG:K1] R2 of %.4f on held-out pairs | calibration carries no information",
+                             fit.r2_heldout)
         model.train(was_training)
 
     def controls(self, step: int) -> dict[str, float]:
