@@ -170,17 +170,20 @@ class PairReader(MappedShard):
 def stored_pairs(split: Split, offset: int = 0) -> Iterator[TokenPair]:
     """The pairs of a split from number `offset` on, in order. Raises DataCorruption."""
     firsts = split.table["first_token"].astype(np.int64)
-    start = max(0, int(np.searchsorted(firsts, offset, side="right")) - 1)
-    for shard in range(start, split.n_shards):
-        reader = PairReader(split.tar_path(shard))
-        skip = max(0, offset - int(firsts[shard]))
-        for number in range(skip // split.block_pairs, reader.n_blocks):
-            block, provenance = reader.block(number), reader.provenance(number)
-            for i in range(max(0, skip - number * split.block_pairs), len(block.ids)):
-                first, stop = block.n_offsets[i:i + 2].tolist()
-                yield TokenPair(
-                    query=block.text("q", i), positive=block.text("p", i),
-                    negatives=[block.text("n", j) for j in range(first, stop)],
-                    query_id=int(block.ids[i, 0]), positive_id=int(block.ids[i, 1]),
-                    negative_ids=block.n_ids[first:stop].tolist(), provenance=provenance[i],
-                    scores=[None if math.isnan(score) else score for score in block.scores[first:stop].tolist()])
+    for shard in range(max(0, int(np.searchsorted(firsts, offset, side="right")) - 1), split.n_shards):
+        yield from shard_pairs(split, shard, max(0, offset - int(firsts[shard])))
+
+
+def shard_pairs(split: Split, shard: int, offset: int = 0) -> Iterator[TokenPair]:
+    """The pairs of a shard from its number `offset` on, in order. Raises DataCorruption."""
+    reader = PairReader(split.tar_path(shard))
+    for number in range(offset // split.block_pairs, reader.n_blocks):
+        block, provenance = reader.block(number), reader.provenance(number)
+        for i in range(max(0, offset - number * split.block_pairs), len(block.ids)):
+            first, stop = block.n_offsets[i:i + 2].tolist()
+            yield TokenPair(
+                query=block.text("q", i), positive=block.text("p", i),
+                negatives=[block.text("n", j) for j in range(first, stop)],
+                query_id=int(block.ids[i, 0]), positive_id=int(block.ids[i, 1]),
+                negative_ids=block.n_ids[first:stop].tolist(), provenance=provenance[i],
+                scores=[None if math.isnan(score) else score for score in block.scores[first:stop].tolist()])

@@ -55,11 +55,13 @@ class Listing:
 
     files: tuple[tuple[tuple[str, Path, int, int], ...], ...]
     """Of each source: (name, path, bytes, time of the last change in ns)."""
+    evaluation: tuple[tuple[tuple[str, Path, int, int], ...], ...]
+    """The same of each evaluation set."""
 
     @property
     def digest(self) -> str:
         """SHA-256 over names, sizes and times."""
-        stated = [[[name, size, time] for name, _, size, time in files] for files in self.files]
+        stated = [[[name, size, time] for name, _, size, time in files] for files in (*self.files, *self.evaluation)]
         return hashlib.sha256(canonical_json(stated)).hexdigest()
 
     @property
@@ -69,21 +71,24 @@ class Listing:
 
 
 def list_files(config: PrepConfig) -> Listing:
-    """Find the files of all sources.
+    """Find the files of all sources and evaluation sets.
 
     Raises ConfigError for a source without files, or one that would read the dataset about to be made.
     """
+    against = [] if config.decontaminate is None else config.decontaminate.against
+    return Listing(tuple(_listed(config, source, f"sources.{i}") for i, source in enumerate(config.sources)),
+                   tuple(_listed(config, source, f"decontaminate.against.{i}") for i, source in enumerate(against)))
+
+
+def _listed(config: PrepConfig, source: AnySource, key: str) -> tuple[tuple[str, Path, int, int], ...]:
     out = Path(config.out).resolve()
-    listed = []
-    for number, source in enumerate(config.sources):
-        files = []
-        for name, path in _files(source, f"sources.{number}"):
-            if path.resolve().is_relative_to(out):
-                raise ConfigError(f"sources.{number}", f"{path} lies inside the dataset folder {out}")
-            stat = path.stat()
-            files.append((name, path, stat.st_size, stat.st_mtime_ns))
-        listed.append(tuple(files))
-    return Listing(tuple(listed))
+    files = []
+    for name, path in _files(source, key):
+        if path.resolve().is_relative_to(out):
+            raise ConfigError(key, f"{path} lies inside the dataset folder {out}")
+        stat = path.stat()
+        files.append((name, path, stat.st_size, stat.st_mtime_ns))
+    return tuple(files)
 
 
 def _files(source: AnySource, key: str) -> list[tuple[str, Path]]:

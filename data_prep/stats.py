@@ -122,15 +122,39 @@ def stored_documents(split: Split, offset: int = 0) -> Iterator[StoredDocument]:
 
     Raises DataCorruption where a shard or its index cannot be read.
     """
+    for position, shard, at in _starts(split, offset):
+        for document in shard_documents(split, shard, at):
+            document.position += position
+            yield document
+
+
+def _starts(split: Split, offset: int) -> Iterator[tuple[int, int, int]]:
+    """(number of the first document that begins in a shard, shard, how many of those to pass over)."""
+    position = 0
+    for shard in range(split.n_shards):
+        reader = ShardReader(split.tar_path(shard))
+        fresh = sum(int((reader.docs(b)[:, DOC_FLAGS] & CONTINUES == 0).sum()) for b in range(reader.n_blocks))
+        if position + fresh > offset:
+            yield position, shard, max(0, offset - position)
+        position += fresh
+
+
+def shard_documents(split: Split, shard: int, offset: int = 0) -> Iterator[StoredDocument]:
+    """The documents that begin in a shard, whole, from number `offset` of them on; positions count from its first.
+
+    The last one may go on in the shards after it. Raises DataCorruption where one cannot be read.
+    """
     position = -1
     current: StoredDocument | None = None
-    for shard in range(split.n_shards):
-        reader = ShardReader(split.tar_path(shard), random_access=False)
+    for number in range(shard, split.n_shards):
+        reader = ShardReader(split.tar_path(number), random_access=False)
         for block in range(reader.n_blocks):
             docs = reader.docs(block)
-            fresh = int((docs[:, DOC_FLAGS] & CONTINUES == 0).sum())
-            if position + fresh < offset:
-                position += fresh
+            fresh = docs[:, DOC_FLAGS] & CONTINUES == 0
+            if number > shard and fresh.any() and current is None:
+                return
+            if current is None and position + int(fresh.sum()) < offset:
+                position += int(fresh.sum())
                 continue
             tokens, provenance = reader.tokens(block), reader.provenance(block)
             for row, end, where in zip(docs, np.append(docs[1:, DOC_START], len(tokens)), provenance, strict=True):
@@ -141,8 +165,11 @@ def stored_documents(split: Split, offset: int = 0) -> Iterator[StoredDocument]:
                     continue
                 if current is not None:
                     yield current
+                    current = None
+                if number > shard:
+                    return
                 position += 1
-                current = None if position < offset else StoredDocument(
-                    position, piece, int(row[DOC_BYTES]), int(row[DOC_SOURCE]), where)
+                if position >= offset:
+                    current = StoredDocument(position, piece, int(row[DOC_BYTES]), int(row[DOC_SOURCE]), where)
     if current is not None:
         yield current
