@@ -105,7 +105,7 @@ def test_ranks_share_the_work_and_get_the_same_pairs():
         torch.testing.assert_close(a, b)
 
 
-def test_the_scale_is_thirty_times_the_spread_of_the_logits():
+def test_the_scale_is_nine_times_what_first_choices_stand_above_the_mean():
     model = build({**MATRIX})
     whiten_tables(model)
     with torch.no_grad():
@@ -113,5 +113,5 @@ def test_the_scale_is_thirty_times_the_spread_of_the_logits():
     scale = set_scale(model, Alone(model))
     with torch.no_grad():
         logits = model(Alone().train_samples(8)["input_ids"], return_logits=True, controls={"readout_off": 1.0}).logits
-    assert scale == pytest.approx(30 * float(logits.std(-1).square().mean().sqrt()), rel=0.05)
+    assert scale == pytest.approx(9 * float((logits.amax(-1) - logits.mean(-1)).mean()), rel=0.05)
     assert model.memory.log_scale().exp().item() == pytest.approx(scale, rel=1e-6)

@@ -101,8 +101,8 @@ class AFRBConfig(ModelConfig):
     pvm_read: Literal["chain", "step"] = Field(
         "chain", description="matrix: ask with the last tokens, or step a read head from where reading began")
     pvm_row_norm: bool = Field(True, description="matrix: divide logits by the norm of the whitened output row")
-    pvm_scale: float | None = Field(None, gt=0, description="matrix: initial factor of its logits; null: 30 x the "
-                                    "spread of the backbone's logits, measured before the first step")
+    pvm_scale: float | None = Field(None, gt=0, description="matrix: initial factor of its logits; null: 9 x what "
+                                    "the backbone's first choice stands above its mean, measured before the first step")
     t2_enable: bool = Field(False, description="vector: further retention factor")
     t2_mode: Literal["exp", "resonant"] = Field("exp", description="constant, or a modulated envelope")
     t2_steps: float = Field(1500.0, gt=0, description="exp: tokens to 1/e")
