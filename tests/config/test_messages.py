@@ -58,7 +58,7 @@ def complaints(target, sets=()):
     ("train: {length: 0 steps}", 'train.length = 0 steps: "0 steps": an interval is more than zero'),
     ("train: {length: 1.5 steps}", 'train.length = 1.5 steps: "1.5 steps": only epochs may be fractional'),
     # kinds
-    ("model: {family: tyo}", 'model.family: "tyo" is not known (did you mean "toy"?); known: baseline, other, toy'),
+    ("model: {family: tyo}", 'model.family: "tyo" is not known (did you mean "toy"?); known: '),
     ("objective: {name: causal_ml}", 'objective.name: "causal_ml" is not known (did you mean "causal_lm"?)'),
     ("data: {source: {kind: shrads}}", 'data.source.kind: "shrads" is not known (did you mean "shards"?)'),
     ("data: {validation: {kind: shrads}}", 'data.validation.kind: "shrads" is not known'),

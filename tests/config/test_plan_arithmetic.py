@@ -97,7 +97,11 @@ def test_bytes_of_a_checkpoint(base, monkeypatch, stage, precision, expected):
     assert checkpoint_bytes(count, stage, precision) == expected * M
 
 
-@pytest.mark.parametrize("name", list_presets())
+TRAINED = [name for name in list_presets() if load_run_config(name).config.model.parameter_count().trainable]
+"""Presets in which anything is trained: the others run forward only, whatever the batch."""
+
+
+@pytest.mark.parametrize("name", TRAINED)
 def test_more_ranks_and_more_offload_never_need_more_and_bigger_batches_never_less(name):
     config = load_run_config(name, ["engine.zero_stage=3"]).config
 
@@ -108,12 +112,12 @@ def test_more_ranks_and_more_offload_never_need_more_and_bigger_batches_never_le
         return rank_memory(changed, batch, "bf16", "cuda").device_bytes
 
     assert need(1, 4) >= need(2, 4) >= need(8, 4) >= need(64, 4)
-    assert need(8, 1) < need(8, 4) < need(8, 16)
+    assert need(8, 1) <= need(8, 4) <= need(8, 16) < need(8, 1024)  # the peak of small ones may lie in the build
     assert need(8, 4, ["engine.offload.optimizer=cpu"]) <= need(8, 4)
     assert need(8, 4, ["engine.activation_checkpointing=true"]) <= need(8, 4, ["engine.activation_checkpointing=false"])
 
 
-@pytest.mark.parametrize("name", list_presets())
+@pytest.mark.parametrize("name", TRAINED)
 @pytest.mark.parametrize("gib", [1, 4, 80])
 def test_the_largest_micro_batch_fits_and_the_next_does_not(name, gib):
     config = load_run_config(name).config
