@@ -58,12 +58,11 @@ class ResonantBlock(GradientCheckpointingLayer):
         super().__init__()
         self.cfg, self.index = cfg, index
         width = cfg.hidden_size
-        self.alpha = cfg.alpha * math.exp(-cfg.cascade_lambda * index)
-        self.phase = cfg.phase_delta * index
-        gamma = cfg.gamma * math.exp(-cfg.cascade_kappa * index)
+        profile = cfg.block_profile()[index]
+        self.alpha, self.phase, gamma = profile["alpha"], profile["phi"], profile["gamma"]
         self.norm_in, self.norm_out = nn.LayerNorm(width, eps=1e-5), nn.LayerNorm(width, eps=1e-5)
         self.scale = nn.Parameter(torch.empty(width))
-        self.omega = Scalar(cfg.omega + index * cfg.omega_delta, learned=cfg.adaptive_omega)
+        self.omega = Scalar(profile["omega"], learned=cfg.adaptive_omega)
         self.mixer = nn.Linear(width, 2 * width) if cfg.mixer == "glu" else None
         if cfg.mixer == "conv":
             self.taps = nn.Parameter(torch.empty(cfg.mixer_taps, width))
