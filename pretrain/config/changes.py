@@ -82,7 +82,7 @@ def rule_of(key: str, config: RunConfig) -> Rule:
     parts = key.split(".")
     match parts:
         case ["model", *_]:
-            return NEXT if key.removeprefix("model.") in config.model.changeable else MODEL
+            return NEXT if parts[-1] in config.model.changeable else MODEL
         case ["objective", name, *_] if name != "name":
             return TERMS
         case ["data", "source", *rest]:

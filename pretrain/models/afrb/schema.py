@@ -37,7 +37,7 @@ class AFRBConfig(ModelConfig):
     """AFRB: what stands between embedding and first layer, what is remembered, and how it is read out."""
 
     changeable: ClassVar[frozenset[str]] = frozenset({
-        "backbone.weights", "block_warm_delta", "block_ramp", "phase_ramp", "kiss_ridge_unfreeze_step",
+        "weights", "block_warm_delta", "block_ramp", "phase_ramp", "kiss_ridge_unfreeze_step",
         "freeze_readout_steps", "adaptive_omega_lr", "adaptive_omega_interval", "scalar_lr_scale",
         "skip_phase_metrics", "phase_curvature_metrics"})
 
