@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import socket
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from pretrain.config.load import load_run_config
@@ -35,6 +37,8 @@ from slurm.history import Start, note, read_history, read_submissions
 from slurm.script import frozen_config
 
 _ASK = "save_and_stop"
+_LEAST_SPACE = 1 << 20
+"""Bytes without which a disk counts as full: neither a status nor a line of a log can be trusted to be there."""
 
 
 def begin(folder: RunFolder, slurm: SlurmConfig, facts: Facts) -> int:
@@ -84,13 +88,18 @@ def end(folder: RunFolder, slurm: SlurmConfig, facts: Facts, srun_code: int) -> 
     earlier = [start for start in history if start.begun < own.begun]
     saved = _newest_step(folder)
     outcome = outcome_of(own, earlier, Status.read(folder), saved, srun_code)
+    if shutil.disk_usage(folder.root).free < _LEAST_SPACE:
+        outcome = replace(outcome, reason=f"{outcome.reason}; the disk of {folder.root} is full")
     decision = decide(slurm, own, outcome, facts)
     if newer or (decision.action == "requeue" and not facts.state):
         # A batch script that was thought dead, or one that cannot know whether it was: the job is not its own now.
         _say("a later start of this job is under way" if newer else "no answer of the controller; nothing is requeued")
         return outcome.code
-    note(folder, "end", job, restart, ended=time.time(), reason=decision.reason, code=outcome.code, saved=saved,
-         reached=outcome.reached, action=decision.action)
+    try:
+        note(folder, "end", job, restart, ended=time.time(), reason=decision.reason, code=outcome.code, saved=saved,
+             reached=outcome.reached, action=decision.action)
+    except OSError as error:
+        _say(f"this cannot be written down: {error.strerror}")
     _say(f"{decision.reason}; {_WORDS[decision.action]}")
     return REQUEUE if decision.action == "requeue" else decision.code
 
@@ -135,7 +144,8 @@ def _close_lost(folder: RunFolder, history: Sequence[Start], job: str, restart: 
     status = Status.read(folder)
     own = status if status is not None and status.fence > last.fence else None
     failed = facts.failed(last.nodes)
-    reason = f"node failure: {', '.join(failed)}" if failed else last.cause or "its batch script was lost"
+    told = (own.message or own.reason) if own is not None and own.code is not None else ""
+    reason = f"node failure: {', '.join(failed)}" if failed else last.cause or told or "its batch script was lost"
     note(folder, "end", last.job, last.restart, ended=time.time(), reason=reason, code=own.code if own else None,
          saved=_newest_step(folder), reached=own.step if own else 0, action="leave")
 

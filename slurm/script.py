@@ -104,12 +104,16 @@ def _header(job: Job) -> Iterator[str]:
     yield "export=NONE"
     yield f"time={slurm.time}"
     yield f"signal=B:USR1@{slurm.save_before}"
-    yield f"nodes={slurm.min_nodes}-{slurm.nodes}" if slurm.min_nodes else f"nodes={slurm.nodes}"
-    yield f"ntasks-per-node={1 if torchrun else slurm.ranks_per_node}"
+    if slurm.min_nodes:  # a number of tasks would bound the number of machines
+        yield f"nodes={slurm.min_nodes}-{slurm.nodes}"
+        yield f"mincpus={slurm.ranks_per_node * (slurm.cpus or 1)}"
+    else:
+        yield f"nodes={slurm.nodes}"
+        yield f"ntasks-per-node={1 if torchrun else slurm.ranks_per_node}"
+        if slurm.cpus:
+            yield f"cpus-per-task={slurm.cpus * (slurm.ranks_per_node if torchrun else 1)}"
     if slurm.gpus_per_node:
         yield f"gpus-per-node={slurm.gpus_per_node}"
-    if slurm.cpus:
-        yield f"cpus-per-task={slurm.cpus * (slurm.ranks_per_node if torchrun else 1)}"
     for name, value in (("mem", slurm.mem), ("partition", slurm.partition), ("account", slurm.account),
                         ("qos", slurm.qos), ("constraint", slurm.constraint), ("exclude", ",".join(slurm.exclude)),
                         ("reservation", slurm.reservation), ("dependency", slurm.dependency)):

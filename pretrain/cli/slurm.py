@@ -79,8 +79,9 @@ def status(target: Annotated[str, typer.Argument(help=TARGET)], as_json: JsonOpt
 
 
 @app.command("list")
-def list_jobs(as_json: JsonOption = False) -> None:
-    """Every job of `pretrain slurm` that the queue knows."""
+def list_jobs(ended: Annotated[bool, typer.Option("--all", help="Those that ended not long ago, too.")] = False,
+              as_json: JsonOption = False) -> None:
+    """The runs whose jobs wait or run."""
     from rich.console import Console
     from rich.table import Table
 
@@ -90,7 +91,7 @@ def list_jobs(as_json: JsonOption = False) -> None:
     from slurm.show import view
     jobs = client.squeue()
     found: list[dict[str, Any]] = []
-    for root in dict.fromkeys(job.root for job in jobs if job.root is not None):
+    for root in dict.fromkeys(job.root for job in jobs if job.root is not None and (ended or job.live)):
         try:
             found.append(view(RunFolder.open(Path(root)), jobs).as_dict())
         except PretrainError as error:

@@ -18,11 +18,15 @@ from typing import Any
 import yaml
 
 from pretrain.config.load import LoadedConfig, load_run_config
+from pretrain.monitor.rows import last_row, read_metrics
 from pretrain.runfolder.layout import RunFolder
+from pretrain.runfolder.publish import Manifest
+from pretrain.runfolder.status import Status
 from slurm.history import Start, read_history
 from slurm.jobs import QueuedJob, parse_jobs
 from slurm.script import Place
 from slurm.submit import submit
+from tests.slurm.payload import load_vector, reference
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = Path(__file__).with_name("cluster.sh")
@@ -42,6 +46,7 @@ CONFIG: dict[str, Any] = {
     "launch": {"threads": 1, "timeout": 60, "hang_timeout": 60},
 }
 JOB: dict[str, Any] = {"time": "10:00", "nodes": 4, "save_before": 20, "grace": 5, "exclusive": False}
+SLOW_STEPS = {"PAYLOAD_STEP_S": "0.1"}
 
 
 def why_not(mode: str) -> str | None:
@@ -74,13 +79,23 @@ class Cluster:
     def start(self) -> None:
         # Unix sockets lie below it: a path of pytest would be too long for them.
         self.state = Path(tempfile.mkdtemp(prefix="sc.", dir="/tmp"))
+        self.disk.mkdir()
+        if self.mode != "plain":  # before the nodes are there: they see what is mounted by then
+            subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", self.disk], check=True)
         self._do("start", "--nodes", str(self.nodes), "--mode", self.mode, "--gpus", str(self.gpus), "--cpus", "64")
         self.environment = {**os.environ, "PATH": _path(), "SLURM_CONF": str(self.state / "slurm.conf")}
         if self.mode == "netns":
             self.environment["PATH"] = f"{self.state / 'bin'}:{self.environment['PATH']}"
 
     def stop(self) -> None:
+        if self.mode != "plain":
+            subprocess.run(["umount", "--lazy", self.disk], check=False)
         self._do("stop", "--purge")
+
+    @property
+    def disk(self) -> Path:
+        """A disk of 4 MB that all nodes see."""
+        return self.state / "disk"
 
     def _do(self, command: str, *arguments: str) -> str:
         done = subprocess.run([SCRIPT, command, self.state, *arguments], capture_output=True, text=True, timeout=120,
@@ -161,7 +176,6 @@ class Trial:
 
     def step(self) -> int:
         """Furthest step of the present start."""
-        from pretrain.monitor.rows import last_row
         row = last_row(self.folder, "loss")
         return int(row["step"] or 0) if row else 0
 
@@ -185,6 +199,22 @@ def submitted(cluster: Cluster, folder: Path, loaded: LoadedConfig, monkeypatch:
     job, numbers = submit(loaded, Place(folder, sys.executable), command=command)
     assert Path(job.root) == root
     return Trial(cluster, loaded, root, numbers)
+
+
+def assert_undisturbed(trial: Trial, steps: int) -> None:
+    """Every step once, with the loss of a run that nothing disturbed; the last checkpoint whole and right."""
+    expected = reference(steps, 12)
+    rows = [(row["step"], row["loss"]) for row in read_metrics(trial.folder) if row.get("loss") is not None]
+    assert rows == [(step, loss) for step, (loss, _) in enumerate(expected, 1)], trial.log()
+    status = Status.read(trial.folder)
+    assert status is not None
+    assert (status.state, status.step) == ("done", steps)
+    newest = trial.folder.checkpoints()[0]
+    assert newest.step == steps
+    assert trial.folder.read_pointer("latest") == newest
+    for ref in trial.folder.checkpoints():
+        assert Manifest.read(ref.path).verify(ref.path) == []
+        assert load_vector(ref.path) == expected[ref.step - 1][1]
 
 
 def until(condition: Callable[[], Any], timeout_s: float = 60.0, every_s: float = 0.1) -> Any:

@@ -6,31 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from pretrain.monitor.rows import read_metrics
+from pretrain.cli.slurm import app
+from pretrain.engine.ranks import expand_nodes
 from pretrain.runfolder.control import request
-from pretrain.runfolder.publish import Manifest
-from pretrain.runfolder.status import Status
-from tests.slurm.cluster import Cluster, Trial, payload_config, submitted, until
-from tests.slurm.payload import load_vector, reference
-
-SLOW_STEPS = {"PAYLOAD_STEP_S": "0.1"}
-
-
-def assert_undisturbed(trial: Trial, steps: int) -> None:
-    """Every step once, with the loss of a run that nothing disturbed; the last checkpoint whole and right."""
-    expected = reference(steps, 12)
-    rows = [(row["step"], row["loss"]) for row in read_metrics(trial.folder) if row.get("loss") is not None]
-    assert rows == [(step, loss) for step, (loss, _) in enumerate(expected, 1)], trial.log()
-    status = Status.read(trial.folder)
-    assert status is not None
-    assert (status.state, status.step) == ("done", steps)
-    newest = trial.folder.checkpoints()[0]
-    assert newest.step == steps
-    assert trial.folder.read_pointer("latest") == newest
-    for ref in trial.folder.checkpoints():
-        assert Manifest.read(ref.path).verify(ref.path) == []
-        assert load_vector(ref.path) == expected[ref.step - 1][1]
+from tests.slurm.cluster import SLOW_STEPS, Cluster, assert_undisturbed, payload_config, submitted, until
 
 
 def test_a_job_trains_to_its_end(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,3 +115,33 @@ def test_a_chain_goes_on_where_requeueing_is_forbidden(cluster: Cluster, tmp_pat
                                                                       (trial.numbers[1], "finish")]
     assert f"nothing to do: job {trial.numbers[1]} ended: done" in trial.log()
     assert [cluster.job(number).restarts for number in trial.numbers] == [0, 0, 0]
+
+
+def test_node_lists_are_read_as_slurm_reads_them(cluster: Cluster) -> None:
+    for text in ("n[1-4]", "n[1-2,4],gpu-a", "r[01-02]n[08-11]", "a1,b[3,5-6]", "n[098-102]"):
+        assert expand_nodes(text) == cluster.run("scontrol", "show", "hostnames", text).split()
+
+
+def test_the_commands_of_an_operator(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("PATH", "SLURM_CONF"):
+        monkeypatch.setenv(name, cluster.environment[name])
+    trial = submitted(cluster, tmp_path, payload_config(tmp_path, 400, env=SLOW_STEPS), monkeypatch)
+
+    def pretrain(*arguments: str) -> str:
+        result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    until(lambda: trial.step() > 12, 30)
+    shown = json.loads(pretrain("status", trial.number, "--json"))
+    assert (shown["state"], shown["nodes"], shown["restarts"], shown["root"]) == (
+        "RUNNING", "n[1-4]", 0, str(trial.root))
+    assert shown["step"] > 12
+    assert 0 < shown["loss"] < 1
+    assert [row["job"] for row in json.loads(pretrain("list", "--json"))] == [trial.number]
+    assert "from the beginning" in pretrain("logs", "runs/run")
+    assert "asked to save and stop" in pretrain("cancel", "runs/run")
+    trial.end(30, "FAILED")
+    assert (trial.history[0].saved or 0) > 12
+    assert json.loads(pretrain("status", "runs/run", "--json"))["state"] == "stopped"

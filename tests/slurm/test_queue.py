@@ -213,6 +213,9 @@ def test_list_shows_our_jobs_only(queue: Queue, trained: RunFolder) -> None:
     shown = json.loads(pretrain("list", "--json"))
     assert [row["name"] for row in shown] == ["run", "gone"]
     assert "RUNNING" in pretrain("list")
+    queue.show([{**OLD, "job_state": "COMPLETED", "comment": f"pretrain:{trained.root}"}])
+    assert pretrain("list") == "no jobs\n"
+    assert [row["name"] for row in json.loads(pretrain("list", "--all", "--json"))] == ["run"]
 
 
 def test_targets_that_are_none_are_said_in_one_line(queue: Queue, trained: RunFolder) -> None:
