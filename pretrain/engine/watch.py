@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 from pretrain.engine.claim import Claim
@@ -44,7 +44,7 @@ class Place:
     """Rises with every phase entered or left and every forward: a long evaluation is progress."""
     phase: str
     written: int = 0
-    """Rises while a checkpoint is being written: a long save is progress of all, as long as a disk takes it in."""
+    """Rises while a checkpoint is being written: for those who wait for it that is progress, whoever writes."""
 
 
 @dataclass(slots=True)
@@ -173,13 +173,15 @@ class Watch:
             seen.beat, seen.beaten = beat, now
         if new.written != seen.place.written:
             seen.wrote = now
-        if new != seen.place:
-            seen.place, seen.moved = new, now
+        if replace(new, written=seen.place.written) != seen.place:  # writing in the background is no training
+            seen.moved = now
+        seen.place = new
 
     def _told(self, rank: int, silent: bool, now: float) -> str:
         seen = self._seen[rank]
         what = "its process does not answer" if silent else "its process is alive"
-        return (f"rank {rank} has made no progress for {now - seen.moved:.0f} s: after step {seen.place.step}, batch "
+        since = max(seen.moved, seen.wrote) if seen.place.phase == SAVE_PHASE else seen.moved
+        return (f"rank {rank} has made no progress for {now - since:.0f} s: after step {seen.place.step}, batch "
                 f"{seen.place.k}, phase {seen.place.phase}; {what} (launch.hang_timeout {self._timeout_s:g} s)")
 
     def _leave(self, line: str) -> None:

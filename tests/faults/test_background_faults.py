@@ -74,3 +74,15 @@ def test_a_disk_that_refuses_the_end_of_a_file(point: Point, case: Case, undistu
     assert case.newest() == 6
     assert not list(case.root.glob("checkpoints/.tmp-*"))
     go_on(case, undisturbed)
+
+
+def test_a_disk_that_never_answers_is_a_hang_of_that_rank(case: Case, undisturbed: Outcome) -> None:
+    """Training goes on until the next save waits for it."""
+    run = case.hit(LATE, "do: import time; time.sleep(100)", BEHIND, "launch.hang_timeout=4")
+    assert run.code == 6, run.stderr
+    (line,) = run.errors
+    assert line.startswith("error: rank 1 has made no progress")
+    assert "after step 12" in line
+    assert "phase save" in line
+    assert case.newest() == 6
+    go_on(case, undisturbed)
