@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -102,7 +103,11 @@ def claim_run(loaded: LoadedConfig, world: World, branch: BranchRequest | None =
         begins = lineage is not None and lineage.is_at(resume)
         return resume, _changes(folder.parent_config_file if begins else folder.config_file, loaded), lineage
 
-    resume, changes, lineage = world.on_main(claim)
+    def guarded() -> tuple[CheckpointRef | None, list[Change], Lineage | None]:
+        with _usable(root):
+            return claim()
+
+    resume, changes, lineage = world.on_main(guarded)
     return Claim(RunFolder(root), lease, resume, changes, status, lineage)
 
 
@@ -110,8 +115,23 @@ def take_over(loaded: LoadedConfig, claim: Claim, engine: Engine, total_steps: i
     """From here on this start is what the run is: nothing stands against training any more. Rank 0 only.
 
     A start that is refused before this point hides no earlier work and overwrites no config. Raises UserError where the
-    disk has no room for a checkpoint.
+    disk has no room for a checkpoint, or refuses a write.
     """
+    with _usable(claim.folder.root):
+        _take_over(loaded, claim, engine, total_steps)
+
+
+@contextlib.contextmanager
+def _usable(root: Path) -> Iterator[None]:
+    """A disk that fails ends in one line."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{root}: cannot be used as run folder ({error.strerror}: {error.filename}); make room, make "
+                        "it writable, or choose another runs_dir") from error
+
+
+def _take_over(loaded: LoadedConfig, claim: Claim, engine: Engine, total_steps: int) -> None:
     assert claim.lease is not None and claim.status is not None
     require_space(claim.folder.checkpoints_dir, checkpoint.expected_bytes(engine))
     if claim.resume is None:

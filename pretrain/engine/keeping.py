@@ -13,6 +13,7 @@ from pretrain.engine import checkpoint
 from pretrain.engine.build import Engine
 from pretrain.engine.distributed import World
 from pretrain.engine.mirror import Mirror
+from pretrain.engine.state import RunState
 from pretrain.engine.writing import unwritable
 from pretrain.runfolder.layout import CheckpointRef, RunFolder
 from pretrain.runfolder.lease import Lease
@@ -42,6 +43,8 @@ class Keeper:
         self._keep_every_steps = keep_every_steps
         self._mirror = mirror
         self._pending: _Pending | None = None
+        self._last: tuple[list[int], CheckpointRef] | None = None
+        """Best steps and newest checkpoint, as retention was last applied. Rank 0's."""
 
     @property
     def notice(self) -> str:
@@ -49,9 +52,28 @@ class Keeper:
         return self._mirror.problem if self._mirror is not None else ""
 
     def close(self, wait_s: float = 30.0) -> None:
-        """End what runs in the background, within about `wait_s` seconds."""
+        """End what runs in the background, within about `wait_s` seconds; what the mirror has held can go now."""
         if self._mirror is not None:
             self._mirror.close(wait_s)
+            if self._last is not None and self._lease is not None and self._lease.still_held():
+                self._forget(*self._last)
+
+    def catch_up(self, ref: CheckpointRef, state: RunState, best_metric: str) -> None:
+        """Do what the process that wrote `ref`, of `state`, was killed before it did: point, copy, forget. Rank 0 only.
+
+        A failure here stops nothing.
+        """
+        best = next((known for known in self.folder.checkpoints() if state.best_steps[-1:] == [known.step]), None)
+        if self._config.keep_best and best is not None:
+            pointer = self.folder.pointer_file(f"best-{best_metric}")
+            try:
+                if not pointer.exists() or pointer.read_text().strip() != best.path.name:
+                    self.folder.write_pointer(f"best-{best_metric}", best)
+            except OSError as error:
+                _log.warning("%s: not written (%s)", pointer, error.strerror)
+        if self._mirror is not None:
+            self._mirror.catch_up(ref, state.saves)
+        self._forget(state.best_steps, ref)
 
     def begin(self, engine: Engine, snapshot: checkpoint.Snapshot, *, best_metric: str | None, to_host: bool) -> None:
         """Begin to write a checkpoint, which `publish` ends; before that there is none of it. Collective.
@@ -137,6 +159,7 @@ class Keeper:
 
     def _forget(self, best_steps: list[int], latest: CheckpointRef) -> None:
         """Delete what no rule keeps. A failure here never stops training."""
+        self._last = best_steps, latest
         known = self.folder.checkpoints()
         count = self._config.keep_best
         doomed = to_delete(known, keep_last=self._config.keep_last, best_steps=best_steps[-count:] if count else (),

@@ -61,6 +61,12 @@ class Mirror:
             self._waiting = (ref, number, pin)
             self._changed.notify()
 
+    def catch_up(self, ref: CheckpointRef, number: int) -> None:
+        """Copy the checkpoint of save `number`, where the process that wrote it was killed before it had."""
+        copy = RunFolder(Path(self._config.path) / self._folder.root.resolve().name)
+        if not copy.final_checkpoint(ref.step, ref.fence).path.exists():
+            self.offer(ref, number)
+
     def close(self, wait_s: float) -> None:
         """Wait up to `wait_s` seconds for what was offered; what is not finished then is abandoned, and said so."""
         with self._changed:

@@ -116,8 +116,12 @@ class Reporter:
         """Bring status.json up to date; at most every few seconds, because it is flushed to the disk."""
         if self.status is not None and time.monotonic() - self._status_written > _STATUS_SECONDS:
             self._status_written = time.monotonic()
-            self.status = replace(self.status, step=state.step, k=state.k, rewinds=len(state.rewinds),
-                                  message=notice).write(self.folder)
+            status = replace(self.status, step=state.step, k=state.k, rewinds=len(state.rewinds),
+                                  message=notice)
+            try:
+                self.status = status.write(self.folder)
+            except OSError as error:
+                _log.warning("%s: not written (%s)", self.folder.status_file, error.strerror)
 
     def _reduce(self) -> dict[str, float]:
         """Means over the updates since the last row and over ranks."""

@@ -256,6 +256,8 @@ def _resume(trainer: Trainer, snapshot: Snapshot, claim: Claim, start_k: int) ->
         trainer.health.bad_steps.forget()
     if trainer.engine.world.is_main:
         assert claim.resume is not None
+        if not claim.begins_branch:
+            trainer.keeper.catch_up(claim.resume, trainer.state, trainer.config.eval.metric)
         _log.info("resumed from %s: step %d, batch %d", claim.resume.path, trainer.state.step, trainer.state.k)
         if trainer.state.lr_override is not None:
             _log.info("the learning rate is %g, as control/reload_lr set it, not optim.lr", trainer.state.lr_override)

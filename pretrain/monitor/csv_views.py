@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import logging
@@ -21,23 +22,28 @@ class CsvView:
     def __init__(self, folder: RunFolder, path: Path) -> None:
         self._folder = folder
         self._path = path
-        self._file = self._rebuild()
+        self._file: io.TextIOWrapper | None = self._rebuild()
+        """None where a row could not be written: the table is made anew with the next one."""
 
     def write(self, row: Mapping[str, Value]) -> None:
         """Append `row`, which the record has already."""
         try:
-            if row.get(REWIND) is not None or not self.fits(row):
-                self._file.close()
+            if self._file is None or row.get(REWIND) is not None or not self.fits(row):
+                self.close()
                 self._file = self._rebuild()
             else:
                 self._file.write(self.lines(row))
                 self._file.flush()
         except OSError as error:
             log.warning("%s: a row was not written (%s)", self._path, error.strerror)
+            self.close()
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        file, self._file = self._file, None
+        if file is not None:
+            with contextlib.suppress(OSError):  # of a row that it could not write before
+                file.close()
 
     def _rebuild(self) -> io.TextIOWrapper:
         rows = read_metrics(self._folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 from pathlib import Path
@@ -51,9 +52,23 @@ def setup_logging(level: str, log_file: Path | None, rank: int) -> Console:
     return console
 
 
+class _LogFile(logging.FileHandler):
+    """A file that loses records where its disk is full; the console has them."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Show no traceback on the terminal for it."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+    def close(self) -> None:
+        """Close the file; what it could not take in is gone."""
+        with contextlib.suppress(OSError):
+            super().close()
+
+
 def _open(log_file: Path) -> logging.Handler:
     try:
-        return logging.FileHandler(log_file, encoding="utf-8")
+        return _LogFile(log_file, encoding="utf-8")
     except OSError as error:
         raise UserError(f"{log_file}: cannot be written to ({error.strerror})") from error
 

@@ -87,7 +87,10 @@ class _JsonLines:
             log.warning("%s: a row was not written (%s)", self._path, error.strerror)
 
     def sync(self) -> None:
-        os.fsync(self._file)
+        try:
+            os.fsync(self._file)
+        except OSError as error:
+            log.warning("%s: rows may not be on the disk (%s)", self._path, error.strerror)
 
     def close(self) -> None:
         os.close(self._file)
@@ -129,4 +132,7 @@ class _TensorBoard:
 
     def close(self) -> None:
         if not self._failed:
-            self._writer.close()
+            try:
+                self._writer.close()
+            except Exception as error:  # as above
+                log.warning("TensorBoard stopped (%s); the metrics stay in metrics.jsonl", error)

@@ -49,6 +49,8 @@ class Outcome:
     evaluations: dict[int, float]
     steps: list[int]
     """Checkpoints that are kept."""
+    best: int
+    """The one that `best-val-loss` points at."""
     weights: str
     """Digest of every master and moment by name."""
     state: dict[str, Any]
@@ -122,9 +124,12 @@ class Case:
         assert not any(checkpoints(self.root).values())
         state = json.loads((newest.path / "state.json").read_text())
         state["state"] = {key: value for key, value in state["state"].items() if key not in COUNTERS}
+        best = self.run_folder.read_pointer("best-val/loss")
+        assert best is not None
         files = Manifest.read(newest.path).files
-        return Outcome(losses(self.root), rows(self.root, "val/loss"), [ref.step for ref in refs], weights(newest),
-                       state, {name: files[name].sha256 for name in sorted(files) if name.startswith("rng-")})
+        generators = {name: files[name].sha256 for name in sorted(files) if name.startswith("rng-")}
+        return Outcome(losses(self.root), rows(self.root, "val/loss"), [ref.step for ref in refs], best.step,
+                       weights(newest), state, generators)
 
     def mirrored(self) -> list[int]:
         """Steps of the copy, all whole, newest first."""

@@ -134,7 +134,7 @@ def _half_line(original: Callable[..., Any], writer: Any, line: bytes) -> None:
     original(writer, line[:len(line) // 2])
 
 
-HALF: dict[str, Callable[..., None]] = {"save": _half_file, "save_file": _half_file, "_copy_file": _half_copy,
+HALF: dict[str, Callable[..., None]] = {"save": _half_file, "save_file": _half_file, "copy_file": _half_copy,
                                         "rmtree": _half_tree, "write": _half_line}
 """How half of a call is done, by the name of the function."""
 
@@ -157,20 +157,22 @@ def strike(victim: Victim | str, notes: Path) -> None:
     elif victim == "full disk":
         fill(notes / DISK)
     elif victim == "file size":
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+        # What is printed is read from a file, which the limit must leave alone.
+        relay = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=2, process_group=0)
+        assert relay.stdin is not None
+        os.dup2(relay.stdin.fileno(), 2)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1, resource.RLIM_INFINITY))
     elif victim == "read-only":
         subprocess.run(["mount", "-o", "remount,bind,ro", str(notes / DISK / "tiny/checkpoints")], check=True)
     elif victim == "EROFS":
         _refuse_writes()
 
 
-def fill(disk: Path) -> None:
-    """Leave 16 KB free on the filesystem of `disk`."""
-    with open(disk / BALLAST, "wb") as file:
-        while (free := shutil.disk_usage(disk).free) > 16384:
-            file.write(bytes(min(1 << 20, free - 16384)))
-            file.flush()
+def fill(disk: Path, but: int = 0) -> None:
+    """Leave `but` bytes free on the filesystem of `disk`."""
+    with open(disk / BALLAST, "wb", buffering=0) as file:
+        while (free := shutil.disk_usage(disk).free - but) > 0:
+            file.write(bytes(min(1 << 20, free)))
 
 
 def _refuse_writes() -> None:

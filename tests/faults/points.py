@@ -38,6 +38,8 @@ SAVING = [
     Point("after the rename", "os:rename", "after", match=r"tmp-f1-step-9 .*/step-9\.f1", newest=(9,)),
     Point("before `latest` moves", "os:replace", "before", match=r"runs.*checkpoints/latest$", nth=3, newest=(9,)),
     Point("after `latest` moved", "os:replace", "after", match=r"runs.*checkpoints/latest$", nth=3, newest=(9,)),
+    Point("before `best` moves", "os:replace", "before", match=r"runs.*checkpoints/best-val-loss$", nth=2,
+          newest=(12,)),
 ]
 FORGETTING = [
     Point("before a checkpoint is deleted", "os:rename", "before", match=r"trash-step-3", newest=(9,)),
@@ -45,7 +47,7 @@ FORGETTING = [
     Point("a checkpoint is half deleted", "shutil:rmtree", "half", match=r"trash-step-3", newest=(9,)),
 ]
 MIRRORING = [
-    Point("in a file of the copy", "pretrain.runfolder.backup:_copy_file", "half", match=r"optim", newest=(3, 6, 9)),
+    Point("in a file of the copy", "pretrain.runfolder.backup:copy_file", "half", match=r"optim", newest=(3, 6, 9)),
     Point("before the copy is renamed", "os:rename", "before", match=r"tmp-copy-.*disk", newest=(3, 6, 9)),
     Point("before `latest` of the copy moves", "os:replace", "before", match=r"disk.*checkpoints/latest$",
           newest=(3, 6, 9)),

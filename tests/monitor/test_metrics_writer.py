@@ -152,6 +152,35 @@ def test_a_full_disk_costs_rows_and_not_the_run(tmp_path):
     assert len(steps) < 5
 
 
+def test_tables_lose_no_row_of_the_record_to_a_disk_that_was_full_for_a_while(tmp_path):
+    """Neither by an appended row, nor by a new column, nor at the end; each is a row that could not be written."""
+    folder, fence = started(tmp_path)
+    writer = MetricsWriter(folder, ("step",), False, None, fence)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    writer.write({"step": 0, "text": "x"})
+    record = writer._jsonl
+
+    def on_full_disk(row) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1, old[1]))
+        for table in writer._tables:
+            table.write(row)
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+        record.write(encode(row, fence))
+
+    try:
+        on_full_disk({"step": 1, "text": "y"})
+        on_full_disk({"step": 2, "text": "z", "new": 1.0})
+        writer.write({"step": 3, "text": "a"})
+        assert [row["step"] for row in csv.DictReader(folder.metrics_csv.open())] == ["0", "1", "2", "3"]
+        on_full_disk({"step": 4})
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1, old[1]))
+        writer.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
 def test_an_unwritable_place_is_a_user_error(tmp_path):
     folder, fence = started(tmp_path)
     folder.metrics_jsonl.mkdir()

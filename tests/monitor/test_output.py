@@ -135,3 +135,13 @@ def test_environment_names_the_commit_of_our_tree_and_of_no_other(tmp_path, monk
     (package / "__init__.py").write_text("x")
     assert describe_environment()["source"]["modified"]
     assert Path(environment.__file__).parents[1] == package
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+def test_a_log_file_on_a_full_disk_shows_no_traceback(capsys):
+    setup_logging("info", Path("/dev/full"), 0)
+    logging.getLogger("pretrain").info("said")
+    setup_logging("info", None, 0)
+    shown = capsys.readouterr().err
+    assert "said" in shown
+    assert "Traceback" not in shown
