@@ -16,6 +16,7 @@ from tests.engine import (
     interruption_cases,
     rewind_cases,
     shared_cases,
+    spectra_cases,
     toy,
 )
 from tests.engine.running import finish, run, start
@@ -92,7 +93,7 @@ CASES = {"bare_loop": bare_loop, "splits": shared_cases.splits, "contrastive": s
          "evaluation_changes_nothing": evaluation_changes_nothing, "golden": golden,
          "next_link": next_link, "undisturbed": elastic_cases.undisturbed, "proof": elastic_cases.proof,
          **feature_cases.CASES, **rewind_cases.CASES, **interruption_cases.CASES,
-         **background_cases.CASES, **afrb_cases.CASES}
+         **background_cases.CASES, **afrb_cases.CASES, **spectra_cases.SMALL_CASES}
 
 if __name__ == "__main__":
     main(CASES)
