@@ -154,7 +154,7 @@ def _cut(part: FilePart) -> Iterator[FilePart]:
 def _lines(part: FilePart) -> Iterator[FilePart]:
     start = lines = offset = newlines = 0
     with part.path.open("rb", buffering=0) as file:
-        while block := file.read(1 << 20):
+        while block := file.read(min(1 << 20, PIECE_BYTES)):
             if offset + len(block) - start >= PIECE_BYTES and (end := block.rfind(b"\n")) >= 0:
                 stop, here = offset + end + 1, newlines + block.count(b"\n", 0, end + 1)
                 yield FilePart(part.name, part.path, stop - start, start, stop, lines)

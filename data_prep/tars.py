@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import tarfile
 from collections.abc import Iterator
-from typing import Any
+from typing import IO, Any
 
 from data_prep.reading import READ_ERRORS, FilePart, Meter, SetAside, open_text
 from data_prep.rows import Where, too_large
@@ -20,12 +21,12 @@ def tar_texts(part: FilePart, where: Where, member: str, text_field: str, limit:
     """
     number = 0
     try:
-        with open_text(part.path, meter) as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
+        with open_text(part.path, meter) as file, tarfile.open(fileobj=(stream := _Tail(file)), mode="r|") as tar:
             for info in tar:
                 if info.isdir():
                     continue
-                folder, _, file = info.name.rpartition("/")
-                key, _, suffix = file.partition(".")
+                folder, _, name = info.name.rpartition("/")
+                key, _, suffix = name.partition(".")
                 if suffix.lower() != member:
                     continue
                 here = where | {"key": f"{folder}/{key}".lstrip("/"), "sample": number}
@@ -38,9 +39,31 @@ def tar_texts(part: FilePart, where: Where, member: str, text_field: str, limit:
                     content = tar.extractfile(info)
                     assert content is not None  # of a plain file
                     yield here, _text(content.read(), info.size, here, suffix, text_field)
+            stream.require_end()
     except (*READ_ERRORS, tarfile.TarError) as error:
         here = where | {"sample": number}
         yield here, SetAside(here, "unreadable", str(error))
+
+
+class _Tail(io.RawIOBase):
+    """A stream that remembers how it ended. `tarfile` takes a tar cut short inside a header for a whole one."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream, self._last, self._size = stream, b"", 0
+
+    def read(self, size: int = -1, /) -> bytes:
+        """The next bytes."""
+        content = self._stream.read(size)
+        self._size += len(content)
+        self._last = (self._last + content)[-tarfile.BLOCKSIZE:]
+        return content
+
+    def require_end(self) -> None:
+        """Read to the end. Raises EOFError where the block of zeros that ends a tar is missing."""
+        while self.read(1 << 20):
+            pass
+        if self._size % tarfile.BLOCKSIZE or self._last.strip(b"\0"):
+            raise EOFError(f"the tar ends after {self._size} bytes without its last block")
 
 
 def _text(content: bytes, size: int, where: Where, suffix: str, text_field: str) -> bytes | SetAside:
