@@ -9,7 +9,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from evaluation.needle import NeedleEvaluator
+from evaluation.phase import PhaseEvaluator
+from pretrain.config.interval import Interval
 from pretrain.engine.distributed import World
+from pretrain.monitor.rows import read_metrics
 from pretrain.ops.linear_recurrence import linear_recurrence
 from tests.engine.running import finish, run, start
 
@@ -119,5 +123,22 @@ def built_in_parts(world: World, folder: Path) -> dict[str, Any]:
     return found
 
 
+def evaluated(world: World, folder: Path) -> dict[str, Any]:
+    """Figures of needles and phases at steps 0, 2 and 4; 21 examples, so that ranks hold rows that only fill up."""
+    found: dict[str, Any] = {}
+    for stage in (0, 3):
+        sections = _sections(world, "matrix", stage)
+        sections["data"] = {**NEEDLES, "source": {**NEEDLES["source"], "needle_eval_examples": 21}}
+        sections["eval"] = {"every": "2 steps", "at_start": True, "metric": "val/needle_hit_rate"}
+        every = Interval(2, "steps")
+        trainer = start(world, folder, f"stage-{stage}", [NeedleEvaluator(every), PhaseEvaluator(every)], **sections)
+        trainer.train()
+        finish(trainer)
+        rows = [row for row in read_metrics(trainer.keeper.folder) if "val/loss" in row]
+        found[str(stage)] = {"steps": [row["step"] for row in rows],
+                             "rows": [{k: v for k, v in row.items() if k.startswith("val/")} for row in rows]}
+    return found
+
+
 CASES = {"sequence_parallel": sequence_parallel, "afrb_needles": needles, "afrb_frozen_map": frozen_map,
-         "afrb_built_in_parts": built_in_parts}
+         "afrb_built_in_parts": built_in_parts, "afrb_evaluated": evaluated}

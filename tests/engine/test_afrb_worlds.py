@@ -38,6 +38,18 @@ def test_losses_depend_neither_on_stage_nor_on_ranks(one: dict[str, Any], two: d
         assert found["matrix bf16"] == pytest.approx(want["matrix 0"], rel=2e-2)
 
 
+def test_evaluations_are_the_same_on_any_number_of_ranks_and_begin_at_step_0(
+        one: dict[str, Any], two: dict[str, Any], four: dict[str, Any]) -> None:
+    want = case(one, "afrb_evaluated")["0"]
+    assert want["steps"] == [0, 2, 4]
+    assert {"val/needle_hit_rate", "val/needle_echo_rate", "val/phase_coherence", "val/loss"} <= set(want["rows"][0])
+    for world in (one, two, four):
+        for found in case(world, "afrb_evaluated").values():
+            assert found["steps"] == [0, 2, 4]
+            for row, other in zip(found["rows"], want["rows"], strict=True):
+                assert row == pytest.approx(other, rel=1e-4, abs=1e-6)
+
+
 def test_the_readout_map_is_fitted_once_and_frozen_as_long_as_asked(small: dict[str, Any]) -> None:
     for found in case(small, "afrb_frozen_map").values():
         assert found["moved"] == [False, False, True] and found["same"] and found["calibrated"] == 1.0
