@@ -10,7 +10,16 @@ import numpy as np
 
 from evaluation import needle, perplexity
 from evaluation.needle import Answers
-from evaluation.needle_controls import ITSELF, Check, applicable, batch_check, future_check, parts, run_control
+from evaluation.needle_controls import (
+    ITSELF,
+    Check,
+    Expected,
+    applicable,
+    batch_check,
+    future_check,
+    parts,
+    run_control,
+)
 from evaluation.needle_reader import Reader, reads_out
 from evaluation.needle_rules import Evidence, findings, line
 from evaluation.needle_variants import variants
@@ -97,7 +106,8 @@ def evaluate_needle(target: Target, request: Request, command: list[str]) -> Res
         details["perplexity"] = asked.perplexities()
     verdict = decide(rates["needle_hit_rate"], needle.nulls(source.config), examples=len(asked.ids),
                      shuffled=controls.get("shuffled_needle"), null_adapter=null)
-    failed = {row["name"]: controls[row["name"]] for row in details["controls"] if row["passed"] is False}
+    rows = [*details["controls"], *details["references"]]
+    failed = {row["name"]: row["value"] for row in rows if row["passed"] is False}
     details |= {"verdict": asdict(verdict), "headlines": needle.headlines(rates, source.config),
                 "findings": asked.findings(rates, result, failed, split)}
     if null is not None:
@@ -163,23 +173,28 @@ class _Asked:
 
     def add_controls(self, details: dict[str, Any]) -> dict[str, Rate]:
         """Run every control that applies. Returns the rates by name."""
-        nulls, found = needle.nulls(self.task), {}
+        found = {}
         switches = getattr(self.target.model, "evaluation_controls", ())
         for control in applicable(self.task, switches):
             predictions = run_control(self.reader, self.source, self.few, control, self.batch_size)
             rate = Rate.of(predictions.hits)
-            bound = getattr(nulls, control.expected, None)
             details["controls"].append(_row(control.name, control.meaning, control.expected, rate,
-                                            None if bound is None else rate.at_chance(bound),
+                                            self._at_null(rate, control.expected),
                                             float(predictions.in_bag.mean())))
             found[control.name] = rate
         return found
+
+    def _at_null(self, rate: Rate, expected: Expected) -> bool | None:
+        """Whether a rate is no higher than the null it is held to; None where there is none."""
+        bound = getattr(needle.nulls(self.task), expected, None)
+        return None if bound is None else rate.at_chance(bound)
 
     def add_references(self, details: dict[str, Any]) -> None:
         """The same weights with attention, without adapter, without either."""
         for variant, other in variants(self.target):
             rate = Rate.of(self._free(_reader(other), self.few).hits)
-            details["references"].append(_row(variant.name, variant.meaning, "reported", rate, None))
+            details["references"].append(_row(variant.name, variant.meaning, variant.expected, rate,
+                                              self._at_null(rate, variant.expected)))
 
     def checks(self) -> list[Check]:
         """Causality and independence of the batch, on four examples."""
@@ -202,14 +217,15 @@ class _Asked:
             return {}
         source, _ = open_data(self.target, self.request)
         found = {}
-        for name, model in (("this model", self.target), *((v.name, t) for v, t in variants(self.target))):
+        for name, model in (("this model", self.target), *((v.name, t) for v, t in variants(self.target, sweep=False))):
             batches = eval_batches(source, rank=0, world=1, batch_size=self.batch_size,
                                    max_samples=self.request.max_windows)
             sums = perplexity.tally(model.forward, batches, model.device)
             found[name] = perplexity.figures(sums, has_bytes=False).metrics["val/perplexity"].value
         return found
 
-    def findings(self, rates: dict[str, Rate], result: EvalResult, failed: dict[str, Rate], split: str) -> list[str]:
+    def findings(self, rates: dict[str, Rate], result: EvalResult, failed: dict[str, float], split: str
+                 ) -> list[str]:
         """What the rules say, as lines of a log; they need the run's config."""
         config, folder = self.target.config, self.target.run_folder
         if config is None:

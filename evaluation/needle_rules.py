@@ -37,8 +37,8 @@ class Evidence:
     """Rows of metrics of the run so far."""
     controlled: bool = False
     """Whether the controls were run."""
-    failed: Mapping[str, Rate] = field(default_factory=dict)
-    """Of them, those above what a model without a leak reaches."""
+    failed: Mapping[str, float] = field(default_factory=dict)
+    """Of them, the hit rates of those above what a model without a leak reaches."""
 
     def model(self, key: str) -> object:
         """A key of the model's schema, None where it has no such key."""
@@ -96,7 +96,7 @@ def _causes(e: Evidence) -> Iterator[tuple[str, str]]:
 def _too_good(e: Evidence) -> Iterator[Diagnosis]:
     hit = e.rates["needle_hit_rate"]
     if e.failed:
-        told = ", ".join(f"{name} {rate.value:.1%}" for name, rate in e.failed.items())
+        told = ", ".join(f"{name} {rate:.1%}" for name, rate in e.failed.items())
         yield Diagnosis("H1", f"the needle is still found where there is nothing to find ({told})",
                         "a leak: look for the answer in the inputs before reporting anything")
     elif not e.controlled and hit.value > 0.2:

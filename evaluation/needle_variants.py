@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
+from evaluation.needle_controls import Expected
 from evaluation.target import DTYPES, Target, cast_parameters
 from evaluation.untrained import untrained
+from pretrain.config.model import ModelConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,35 +23,51 @@ class Variant:
     meaning: str
     changes: Mapping[str, Any]
     """Keys of the model's schema."""
+    expected: Expected = "reported"
+    """See `Control`."""
 
 
 _BARE = {"n_afrb": 0, "enable_pvm": False, "readout_from": "none", "kiss_ridge_calib": False}
 VARIANTS = (
     Variant("backbone_without_attention", "no adapter, attention off: nothing can be carried to the answer",
-            {**_BARE, "disable_attn": True}),
+            {**_BARE, "disable_attn": True}, "uniform"),
     Variant("backbone", "no adapter, attention on: the untouched backbone", {**_BARE, "disable_attn": False}),
     Variant("attention_on", "this adapter with the backbone's attention",
             {"disable_attn": False, "kiss_ridge_calib": False}),
 )
 
 
-def variants(target: Target) -> Iterator[tuple[Variant, Target]]:
+BETAS = (0.5, 0.85, 0.95, 0.99, 0.999)
+"""Retentions at which a decaying memory is read as well: what it finds must grow with its reach."""
+
+
+def variants(target: Target, *, sweep: bool = True) -> Iterator[tuple[Variant, Target]]:
     """The variants that this model's schema knows and that differ from the model itself.
 
     What a checkpoint leaves out (the attention of a backbone that ran without) comes from `model.backbone.weights`;
-    where that names nothing, variants with attention are left out: a drawn one stands for nothing.
+    where that names nothing, variants with attention are left out: a drawn one stands for nothing. `sweep` adds other
+    retentions of a memory that decays.
     """
     if target.config is None:
         return
     model = target.config.model
     weights = getattr(getattr(model, "backbone", None), "weights", None)
     trained_attention = weights is not None and Path(weights).is_dir()
-    for variant in VARIANTS:
+    for variant in (*VARIANTS, *(_retentions(model) if sweep else ())):
         known = all(hasattr(model, key) for key in variant.changes)
         same = known and all(getattr(model, key) == value for key, value in variant.changes.items()
                              if key != "kiss_ridge_calib")
-        if known and not same and (trained_attention or variant.changes["disable_attn"]):
+        needs_attention = variant.changes.get("disable_attn") is False
+        if known and not same and (trained_attention or not needs_attention):
             yield variant, rebuilt(target, variant.changes)
+
+
+def _retentions(model: ModelConfig) -> Iterator[Variant]:
+    """The sweep over the retention of a memory that decays."""
+    if getattr(model, "enable_pvm", False) and getattr(model, "pvm_memory", None) == "vector":
+        for beta in BETAS:
+            yield Variant(f"beta_{beta:g}", f"retention {beta:g} a token",
+                          {"pvm_beta": beta, "kiss_ridge_calib": False})
 
 
 @torch.no_grad()

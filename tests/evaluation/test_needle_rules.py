@@ -60,7 +60,7 @@ def test_a_high_rate_asks_for_controls_and_controls_that_do_not_drop_are_a_leak(
     assert fired(evidence(700)) == ["H1"]
     assert fired(evidence(600)) == []
     assert fired(evidence(3100, **HEALTHY)) == []
-    leak = findings(evidence(3100, controlled=True, failed={"wrong_key": rate(40)}))
+    leak = findings(evidence(3100, controlled=True, failed={"wrong_key": 0.0125}))
     assert [f.rule for f in leak] == ["H1"]
     assert "wrong_key 1.2%" in leak[0].message
 
