@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from data_prep.manifest import Manifest, Split
 from data_prep.pairs import PairReader
-from data_prep.shards import CONTINUES, DOC_BYTES, DOC_FLAGS, DOC_SOURCE, DOC_START, ShardReader
+from data_prep.shards import CONTINUES, DOC_BYTES, DOC_FLAGS, DOC_HASH, DOC_SOURCE, DOC_START, ShardReader
 
 HISTOGRAM_BINS = 33
 
@@ -26,6 +26,8 @@ class StoredDocument:
     """[n] ids, the end-of-text token included."""
     utf8_bytes: int
     source: int
+    doc_hash: int
+    """Signed 64-bit hash of its text."""
     provenance: dict[str, Any]
 
 
@@ -170,6 +172,7 @@ def shard_documents(split: Split, shard: int, offset: int = 0) -> Iterator[Store
                     return
                 position += 1
                 if position >= offset:
-                    current = StoredDocument(position, piece, int(row[DOC_BYTES]), int(row[DOC_SOURCE]), where)
+                    current = StoredDocument(position, piece, int(row[DOC_BYTES]), int(row[DOC_SOURCE]),
+                                             int(row[DOC_HASH]), where)
     if current is not None:
         yield current

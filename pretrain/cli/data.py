@@ -119,5 +119,19 @@ def peek(
         typer.echo(excerpt(_decoded(tokenizer, document.tokens.tolist()), chars))
 
 
+@app.command()
+def merge(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Dataset folder to write.")],
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Datasets to join, in this order.")],
+) -> None:
+    """Join prepared datasets of one tokenizer: splits of one name together, copies once."""
+    from data_prep.merge import merge_datasets
+    manifest = merge_datasets(out, folders)
+    for name, split in manifest.splits.items():
+        typer.echo(f"{name}: {split.docs:,} {manifest.kind}, {split.tokens:,} tokens")
+    dropped = sum(entry.get("duplicate", {}).get("documents", 0) for entry in manifest.provenance["counts"].values())
+    typer.echo(f"{out}: fingerprint {manifest.fingerprint[:16]}, {dropped:,} copies dropped")
+
+
 def _decoded(tokenizer: Tokenizer | None, ids: list[int]) -> str:
     return tokenizer.decode(ids, skip_special_tokens=False) if tokenizer else " ".join(map(str, ids))
