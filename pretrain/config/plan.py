@@ -73,7 +73,7 @@ def make_plan(config: RunConfig, world_size: int, *, precision: Precision, devic
     """
     batch = config.batch.resolve(world_size)
     seq_len = config.data.seq_len
-    tokens_per_step = batch.global_batch_size * seq_len
+    tokens_per_step = batch.global_batch_size * config.data.tokens_per_sample
     try:
         steps = config.train.length.to_steps(micro_steps_per_step=batch.gradient_accumulation_steps,
                                              samples_per_step=batch.global_batch_size, tokens_per_step=tokens_per_step,

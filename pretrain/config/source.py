@@ -18,6 +18,10 @@ class SourceConfig(Section):
 
     kind: str = Field(description="which source; see pretrain/config/registry.py")
 
+    def tokens_per_sample(self, seq_len: int) -> int:
+        """Tokens of a sample, padding included; of most sources a window of `data.seq_len`."""
+        return seq_len
+
     @property
     def fixed_seq_len(self) -> tuple[int, str] | None:
         """(tokens a sample, what they are made of) where the source decides that; None: `data.seq_len` does."""
@@ -55,6 +59,10 @@ class PairsConfig(SourceConfig):
     verify: Literal["full", "touch", "off", "auto"] = Field(
         "auto", description="full: hash all shards before the first step; touch: each at first use; auto: full to 2 GB")
 
+    def tokens_per_sample(self, seq_len: int) -> int:
+        """The query, its positive and its negatives at full length."""
+        return self.query_length + self.passage_length * (1 + self.negatives_per_query)
+
 
 class SyntheticConfig(SourceConfig):
     """Samples without files, for tests, benchmarks and dry runs."""
@@ -85,6 +93,10 @@ class MixtureConfig(SourceConfig):
     parts: list[MixturePart] = Field(min_length=1)
     period: int = Field(1000, ge=1, le=1_000_000, description="places of the quota table, the resolution of weights")
 
+    def tokens_per_sample(self, seq_len: int) -> int:
+        """Of the longest part; parts whose samples have other shapes are refused."""
+        return max(part.source.tokens_per_sample(seq_len) for part in self.parts)
+
 
 class OrderConfig(Section):
     """The global order of samples (C windows a chunk, G chunks a group, L lanes). Defaults are for local disks."""
@@ -106,6 +118,11 @@ class DataConfig(Section):
     document_masking: bool = Field(True, description="documents do not see each other; off in reference variants")
     workers: int = Field(0, ge=0, le=64, description="loader processes a rank; 0: read in the training process")
     prefetch: int = Field(2, ge=1, le=64, description="updates read ahead by each loader process")
+
+    @property
+    def tokens_per_sample(self) -> int:
+        """Tokens of a training sample, padding included."""
+        return self.source.tokens_per_sample(self.seq_len)
 
     @field_validator("source", "validation", mode="before")
     @classmethod

@@ -128,7 +128,10 @@ def prepare(loaded: LoadedConfig, world: World, claim: Claim, evaluators: Sequen
                   "%d steps, %s tokens", claim.folder.root, family.name, f"{config.model.parameter_count().total:,}",
                   world.size, engine.stage, precision, batch.global_batch_size, batch.micro_batch_size,
                   batch.gradient_accumulation_steps, batch.data_parallel_size, lengths.total,
-                  f"{lengths.total * batch.global_batch_size * config.data.seq_len:,}")
+                  f"{lengths.total * batch.global_batch_size * config.data.tokens_per_sample:,}")
+        warning = config.model.summary().get("warning")
+        if warning:
+            _log.warning("%s", warning)
     if snapshot is not None:
         _resume(trainer, snapshot, claim, start_k or 0)
     return trainer
@@ -178,7 +181,8 @@ class Lengths:
             try:
                 return 0 if interval is None else int(interval.to_steps(
                     micro_steps_per_step=batch.gradient_accumulation_steps, samples_per_step=batch.global_batch_size,
-                    tokens_per_step=batch.global_batch_size * config.data.seq_len, epoch_samples=epoch_samples))
+                    tokens_per_step=batch.global_batch_size * config.data.tokens_per_sample,
+                    epoch_samples=epoch_samples))
             except ValueError as error:
                 raise ConfigError(key, str(error)) from None
 

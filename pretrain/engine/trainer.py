@@ -84,11 +84,11 @@ class Trainer:
     @property
     def progress(self) -> Progress:
         """Where the run stands."""
-        return self.state.progress(self.batch, self.config.data.seq_len, self.epoch_samples)
+        return self.state.progress(self.batch, self.config.data.tokens_per_sample, self.epoch_samples)
 
     @property
     def _tokens_per_step(self) -> int:
-        return self.batch.global_batch_size * self.config.data.seq_len
+        return self.batch.global_batch_size * self.config.data.tokens_per_sample
 
     @property
     def _complete(self) -> bool:

@@ -6,6 +6,7 @@ import pytest
 
 from pretrain.config.interval import Interval, Progress
 from pretrain.config.load import load_run_config
+from pretrain.config.plan import make_plan
 from pretrain.config.presets import list_presets
 from pretrain.engine.schedule import LearningRate
 from pretrain.engine.setup import Lengths
@@ -58,6 +59,15 @@ def test_cadences_are_micro_steps_and_fire_at_the_update_at_or_after_each_multip
     assert fired[500] == 504 and fired[1000] == 1000 and len(fired) == 73
     assert config.eval.every == config.checkpoint.every == Interval(500, "micro_steps")
     assert config.monitor.log_every == Interval(100, "micro_steps")
+
+
+def test_tokens_of_a_triplet_are_those_of_its_three_texts():
+    config = load_run_config("spectra-m456", ["train.length=480000 tokens", "schedule.warmup=1 steps"]).config
+    assert config.data.tokens_per_sample == 3 * 160
+    plan = make_plan(config, 2, precision="fp32", device="cpu")
+    assert (plan.tokens_per_step, plan.steps) == (128 * 480, 7)
+    assert Lengths.of(config, plan.batch, None).total == 7
+    assert load_run_config("demo").config.data.tokens_per_sample == 256
 
 
 def test_the_others():
