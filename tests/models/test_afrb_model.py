@@ -130,6 +130,22 @@ def test_the_state_does_not_grow(mode):
     assert sizes[0] == sizes[1] and (mode != "state" or sizes[0] == 2 * 32)
 
 
+@pytest.mark.parametrize("mode", ["state", "matrix, log clock, decay", "matrix, delta, content, gate"])
+@torch.no_grad()
+def test_padding_neither_writes_nor_decays(mode):
+    """Memories after a padded row are those after its last real token."""
+    model = open_up(build(mode))
+    ids, real = tokens(length=20), 13
+    mask = (torch.arange(20) < real).long().expand(2, 20)
+    padded = model(ids, attention_mask=mask, use_cache=True).past_key_values
+    bare = model(ids[:, :real], use_cache=True).past_key_values
+    pairs = [(a.memory.sum, b.memory.sum) for a, b in zip(padded.blocks, bare.blocks, strict=True)
+             if a.memory is not None]
+    if model.memory is not None:
+        pairs.append((padded.memory.matrix, bare.memory.matrix))
+    assert pairs and all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in pairs)
+
+
 @pytest.mark.parametrize("mode", ["state", "window", "trace", "matrix, stepped head"])
 def test_a_forward_changes_no_state_it_is_given(mode):
     model = open_up(build(mode))

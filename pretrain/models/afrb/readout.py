@@ -102,9 +102,7 @@ class VectorReadout(nn.Module):
         """
         weights = None
         if self.turn_back is not None:
-            parts = [rotate(t.states, -(t.angles + self.turn_back().to(t.angles.dtype))) for t in traces]
-            read = torch.stack(parts).mean(0)
-            read = read if rows is None else pick(read, rows)
+            read = torch.stack([self._turned_back(trace, rows) for trace in traces]).mean(0)
             after = ReadoutState(hidden[:, :0], None) if keep_state else None
         else:
             query = self._query(hidden, tokens, rows, state, controls)
@@ -116,6 +114,15 @@ class VectorReadout(nn.Module):
         features = F.normalize(read, dim=-1) * math.sqrt(read.shape[-1])
         project = masked(self.project, controls.get("pvm2emb_trained", 1.0))
         return ReadoutOutput(features, features.to(project.dtype) @ project.T, after, weights)
+
+    def _turned_back(self, trace: Trace, rows: Tensor | None) -> Tensor:
+        """[B, R, D]: R(-theta - delta) m of one block at the rows."""
+        assert self.turn_back is not None
+        states, angles = trace
+        if rows is not None:
+            angles = pick(angles.expand(len(states), -1, -1), rows)
+            states = pick(states, rows)
+        return rotate(states, -(angles + self.turn_back().to(angles.dtype)))
 
     def _query(self, hidden: Tensor, tokens: Tokens, rows: Tensor | None, state: ReadoutState | None,
                controls: Mapping[str, float]) -> Tensor:

@@ -1,0 +1,67 @@
+"""A training step of AFRB on needles of 512 tokens: memories over the same block without one (the null adapter)."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from benchmarks.harness import Comparison, compare, cpu_seconds, write_results
+from pretrain.config.load import load_run_config
+from pretrain.models.afrb.family import FAMILY
+from pretrain.models.afrb.schema import AFRBConfig
+from pretrain.models.base import BuildContext
+
+ROWS, T, ANSWERS = 4, 533, 16
+GOAL = 1.3
+PAIRS = 10
+NULL = {"phase_mode": "none", "enable_pvm": False, "readout_from": "none", "kiss_ridge_calib": False}
+VECTOR = {"enable_pvm": True, "readout_from": "pvm"}
+KINDS = {
+    "phase branch alone": {**NULL, "phase_mode": "rotate"},
+    "vector memory, trace readout": VECTOR,
+    "vector memory, state readout": {**VECTOR, "readout_mode": "state"},
+    "matrix memory 256 x 128": {"enable_pvm": True, "readout_from": "pvm", "pvm_memory": "matrix", "pvm_beta": 1.0,
+                                "pvm_phase_clock": "token", "pvm_omega_mode": "uniform"},
+}
+
+
+class Step:
+    """Forward at the answer's rows, backward, AdamW, on fixed random tokens; attention off."""
+
+    def __init__(self, options: dict[str, object]) -> None:
+        preset = load_run_config("afrb-micro-small").config.model.model_dump(by_alias=True)
+        model = FAMILY.build(AFRBConfig.model_validate({**preset, **options}), BuildContext(seed=0))
+        self.model = model.train()
+        self.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+        draw = torch.Generator().manual_seed(0)
+        self.ids = torch.randint(0, 32000, (ROWS, T + 1), generator=draw)
+        self.rows = torch.arange(T - ANSWERS, T).expand(ROWS, -1)
+
+    def __call__(self) -> float:
+        """Milliseconds of CPU time of one step."""
+        return 1e3 * cpu_seconds(self._step)
+
+    def _step(self) -> None:
+        out = self.model(self.ids[:, :-1], labels=self.ids[:, 1:], readout_positions=self.rows)
+        (out.nll_sum / out.n_tokens).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def main() -> None:
+    """Run it all; a minute or two."""
+    torch.set_num_threads(1)
+    null = Step(NULL)
+    found: dict[str, Comparison] = {}
+    for name, options in KINDS.items():
+        found[name] = compare(functools.partial(Step(options)), null, unit="ms", pairs=PAIRS)
+        verdict = "met" if found[name].ratio.median <= GOAL else "MISSED"
+        print(f"{name}: {found[name].ours} over the null adapter's {found[name].other}: {found[name].ratio}; goal "
+              f"{GOAL:g} or less: {verdict}")
+    write_results("afrb_step", {"rows": ROWS, "tokens": T, "backbone": "afrb-micro-small, attention off, fp32",
+                                "over_null_adapter": found, "goal": GOAL})
+
+
+if __name__ == "__main__":
+    main()
