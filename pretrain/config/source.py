@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from pretrain.config.model import Section
+from pretrain.errors import ConfigError
 
 
 class SourceConfig(Section):
@@ -77,7 +79,8 @@ class SyntheticConfig(SourceConfig):
 class MixturePart(Section):
     """One source of a mixture."""
 
-    weight: float = Field(gt=0, description="share of samples, relative to the other parts")
+    weight: float | None = Field(None, gt=0, description="share of samples, relative to the other parts; null: their "
+                                 "number. Given for all parts or for none")
     source: SourceConfig = Field(description="samples of this part")
 
     @field_validator("source", mode="before")
@@ -86,12 +89,54 @@ class MixturePart(Section):
         return source_section(value)
 
 
+class CurriculumStage(Section):
+    """Shares of the parts of a mixture for some time."""
+
+    weights: list[float] = Field(min_length=1, description="share of samples of each part in this stage; 0: none")
+    steps: int | None = Field(None, ge=1, description="batches the stage lasts; null: to the end, for the last one")
+
+
 class MixtureConfig(SourceConfig):
     """Several sources, drawn in fixed proportion by a quota table of `period` places."""
 
     kind: Literal["mixture"] = "mixture"
     parts: list[MixturePart] = Field(min_length=1)
     period: int = Field(1000, ge=1, le=1_000_000, description="places of the quota table, the resolution of weights")
+    temperature: float = Field(1.0, ge=0, le=10, description="shares go with this power of the weights: 0.5 flattens, "
+                               "0 makes them equal")
+    curriculum: list[CurriculumStage] = Field(default_factory=list, description="shares that change by step, in place "
+                                              "of the parts' weights; each stage draws in an order of its own")
+
+    @model_validator(mode="after")
+    def _whole(self) -> MixtureConfig:
+        """Weights for all parts or none, stages for all parts and all of the run."""
+        given = [number for number, part in enumerate(self.parts) if part.weight is not None]
+        if given and (self.curriculum or len(given) < len(self.parts)):
+            other = next((n for n in range(len(self.parts)) if n not in given), given[0])
+            raise ConfigError(f"parts.{other}.weight", "the curriculum states the shares; leave it out"
+                              if self.curriculum else "give every part a weight, or none to go by their numbers")
+        for number, stage in enumerate(self.curriculum):
+            key, last = f"curriculum.{number}", number == len(self.curriculum) - 1
+            if len(stage.weights) != len(self.parts) or min(stage.weights) < 0 or max(stage.weights) == 0:
+                raise ConfigError(f"{key}.weights", f"{stage.weights}: one for each of the {len(self.parts)} parts, "
+                                  "0 or more, not all 0")
+            if (stage.steps is None) != last:
+                raise ConfigError(f"{key}.steps", "the last stage goes to the end of the run" if last
+                                  else "say how many batches the stage lasts")
+        return self
+
+    def shares(self, sizes: Sequence[int | None]) -> list[list[float]]:
+        """Weights of the parts in each stage, one stage without a curriculum; `sizes` are their numbers of samples.
+
+        Raises ConfigError where a part without end has no weight.
+        """
+        if self.curriculum:
+            return [[weight and weight**self.temperature for weight in stage.weights] for stage in self.curriculum]
+        weights = [size if part.weight is None else part.weight for part, size in zip(self.parts, sizes, strict=True)]
+        endless = next((number for number, weight in enumerate(weights) if weight is None), None)
+        if endless is not None:
+            raise ConfigError(f"data.source.parts.{endless}.weight", "this source has no end; give every part a weight")
+        return [[float(weight or 0)**self.temperature for weight in weights]]
 
     def tokens_per_sample(self, seq_len: int) -> int:
         """Of the longest part; parts whose samples have other shapes are refused."""

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from pretrain.config.run import ResolvedBatch
 from pretrain.data.batch import Batch, EpochSource, SampleSource
 from pretrain.data.mixture import pack
-from pretrain.data.order import GlobalOrder
+from pretrain.data.order import Order
 from pretrain.data.transfer import HAS_MEMFD, Parcel
 from pretrain.errors import DataCorruption, PretrainError, UserError
 
@@ -30,7 +30,7 @@ class Update:
     micro_batches: list[Batch]
 
 
-def read_rows(source: SampleSource, order: GlobalOrder, k: int, start: int, stop: int) -> Batch:
+def read_rows(source: SampleSource, order: Order, k: int, start: int, stop: int) -> Batch:
     """Rows [start, stop) of global batch k.
 
     `sample_ids` are positions in the run's order, k * B + row. Beside the source's own tensors there are `source_ids`
@@ -63,7 +63,7 @@ _IDS = "sample_ids"
 class _RankRows(Dataset[_Rows]):
     """k -> the rows of one rank in batch k."""
 
-    def __init__(self, source: SampleSource, order: GlobalOrder, start: int, stop: int) -> None:
+    def __init__(self, source: SampleSource, order: Order, start: int, stop: int) -> None:
         self.source, self.order, self.start, self.stop = source, order, start, stop
 
     def __getitem__(self, k: int) -> _Rows:
@@ -99,7 +99,7 @@ class UpdateLoader:
         PretrainError: a loader process was killed.
     """
 
-    def __init__(self, source: SampleSource, order: GlobalOrder, batch: ResolvedBatch, *, rank: int, start_k: int = 0,
+    def __init__(self, source: SampleSource, order: Order, batch: ResolvedBatch, *, rank: int, start_k: int = 0,
                  workers: int = 0, prefetch: int = 2, pin_memory: bool = False) -> None:
         share = batch.global_batch_size // batch.data_parallel_size
         self._rank, self._micro_batch_size, self._next_k = rank, batch.micro_batch_size, start_k

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -26,15 +27,21 @@ def pack(parts: NDArray[np.int64], samples: NDArray[np.int64]) -> NDArray[np.int
 class MixtureSource:
     """The parts of a mixture behind one source; ids are made by `pack`."""
 
-    def __init__(self, parts: Sequence[SampleSource], *, weights: Sequence[float], period: int) -> None:
+    def __init__(self, parts: Sequence[SampleSource], *, weights: Sequence[float], period: int,
+                 stages: Sequence[tuple[int, Sequence[float]]] = ()) -> None:
+        """`stages`: (first batch, weights) of each stage of a curriculum after the first, whose weights are `weights`.
+
+        """
         self.parts, self.weights, self.period = list(parts), list(weights), period
+        self.stages = [(batches, list(weights)) for batches, weights in stages]
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over the parts' fingerprints, weights and the period."""
+        """SHA-256 over the parts' fingerprints, weights, the period and later stages."""
+        later = {"stages": self.stages} if self.stages else {}
         return hashlib.sha256(canonical_json({
             "kind": "mixture", "parts": [part.fingerprint for part in self.parts], "weights": self.weights,
-            "period": self.period})).hexdigest()
+            "period": self.period, **later})).hexdigest()
 
     def __len__(self) -> int:
         """A mixture has no epochs. Raises TypeError."""
@@ -76,4 +83,14 @@ def open_mixture(config: MixtureConfig, data: DataConfig) -> MixtureSource:
             raise ConfigError(f"data.source.parts.{number}.source.kind",
                               "a mixture holds no mixtures; multiply the weights and list the parts here")
         parts.append(resolve(SOURCES, kind, f"data.source.parts.{number}.source.kind")(part.source, data))
-    return MixtureSource(parts, weights=[part.weight for part in config.parts], period=config.period)
+    first, *later = config.shares([size_of(part) for part in parts])
+    starts = itertools.accumulate(stage.steps or 0 for stage in config.curriculum[:-1])
+    return MixtureSource(parts, weights=first, period=config.period, stages=list(zip(starts, later, strict=True)))
+
+
+def size_of(source: SampleSource) -> int | None:
+    """Samples of a source; None where it has no end."""
+    try:
+        return len(source)
+    except TypeError:
+        return None

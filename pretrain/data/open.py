@@ -17,9 +17,10 @@ from pretrain.config.registry import SOURCES, resolve
 from pretrain.config.run import ResolvedBatch, RunConfig
 from pretrain.config.source import DataConfig, PairsConfig, ShardsConfig, SourceConfig
 from pretrain.data.batch import Batch, SampleSource
+from pretrain.data.curriculum import StagedOrder
 from pretrain.data.loader import read_rows
-from pretrain.data.mixture import MixtureSource
-from pretrain.data.order import GlobalOrder
+from pretrain.data.mixture import MixtureSource, size_of
+from pretrain.data.order import Order
 from pretrain.data.shards import IGNORE_LABEL
 from pretrain.errors import ConfigError
 
@@ -33,7 +34,7 @@ class TrainingData:
     """What a run trains on, in which order."""
 
     source: SampleSource
-    order: GlobalOrder
+    order: Order
     fingerprint: str
     """SHA-256 of everything that decides what batch k is. A run resumes only under the same one."""
     epoch_samples: int | None
@@ -60,11 +61,11 @@ def open_training(config: RunConfig, batch: ResolvedBatch) -> TrainingData:
     """
     source = open_source(config.data.source, config.data)
     parts, keys = parts_of(source, "data.source")
-    weights, period = (source.weights, source.period) if isinstance(source, MixtureSource) else ([1.0], 1)
     for part, key in zip(parts, keys, strict=True):
         check_tokens(part, key, config, like=parts[0], like_key=keys[0])
-    order = GlobalOrder([_size(part) for part in parts], global_batch_size=batch.global_batch_size, seed=config.seed,
-                        order=config.data.order, weights=weights, period=period)
+    stages = [(0, source.weights), *source.stages] if isinstance(source, MixtureSource) else [(0, [1.0])]
+    order = StagedOrder.of([size_of(part) for part in parts], stages, global_batch_size=batch.global_batch_size,
+                           seed=config.seed, order=config.data.order, period=getattr(source, "period", 1))
     fingerprint = order_fingerprint(source, config, batch.global_batch_size)
     return TrainingData(source, order, fingerprint, order.epoch_samples)
 
@@ -96,13 +97,6 @@ def check_tokens(source: object, key: str, config: RunConfig, *, like: object, l
     if mine and theirs and mine != theirs:
         raise ConfigError(key, f"was made with another tokenizer than {like_key} (SHA-256 {mine[:12]}, {theirs[:12]}): "
                           "equal ids are different tokens; prepare both with one tokenizer.path")
-
-
-def _size(source: SampleSource) -> int | None:
-    try:
-        return len(source)
-    except TypeError:
-        return None
 
 
 def open_validation(config: RunConfig) -> SampleSource | None:

@@ -31,6 +31,7 @@ A source without end (a generator) gives its samples in order: o*L + l.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,7 +49,7 @@ CACHE_POSITIONS = 16_384
 def quota_table(weights: Sequence[float], period: int) -> NDArray[np.int32]:
     """[period] source of each place, in proportion to `weights` by largest remainder and evenly interleaved.
 
-    Raises ConfigError for a weight so small that its source would have no place.
+    Raises ConfigError for a weight above 0 so small that its source would have no place.
     """
     total = sum(weights)
     exact = [weight / total * period for weight in weights]
@@ -57,13 +58,30 @@ def quota_table(weights: Sequence[float], period: int) -> NDArray[np.int32]:
     for s in by_remainder[:period - sum(counts)]:
         counts[s] += 1
     for s, count in enumerate(counts):
-        if count == 0:
+        if count == 0 and weights[s]:
             raise ConfigError(f"data.source.parts.{s}.weight", f"{weights[s]:g} of {total:g} is less than a place in a "
                               f"period of {period}; raise data.source.period to {int(total / weights[s]) + 1} or more")
     # The j-th of n_s places stands at the middle of the j-th of n_s equal stretches of the period.
     middle = np.concatenate([(np.arange(count) + 0.5) / count for count in counts])
     source = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
     return source[np.lexsort((source, middle))]
+
+
+class Order(Protocol):
+    """What the loader asks of an order."""
+
+    global_batch_size: int
+    n_sources: int
+
+    @property
+    def epoch_samples(self) -> int | None:
+        """Samples of one epoch; None where there are no epochs."""
+
+    def positions(self, k: int, start: int, stop: int) -> tuple[I64Array, I64Array]:
+        """Source number [n] and sample id in that source [n] of rows [start, stop) of batch k."""
+
+    def epochs(self, k: int, start: int, stop: int) -> I64Array:
+        """Epoch [n] in which those rows are served, of their own source."""
 
 
 class SourceOrder:
