@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Annotated, Literal
 
 import typer
 
+from pretrain.cli.cost_text import cost_json, cost_lines
 from pretrain.cli.options import (
     ConfigArgument,
     JsonOption,
@@ -24,33 +26,49 @@ from pretrain.cli.plan_text import (
     resolve_precision,
     training_samples,
 )
+from pretrain.config.cost import Hardware, step_time
+from pretrain.config.gpus import known_gpu
 from pretrain.config.machine import gpus, memory_bytes
 from pretrain.config.memory import LIBRARIES_BYTES, gib
 from pretrain.config.plan import Plan, Speed, largest_micro_batch, make_plan
+from pretrain.config.run import Precision
 from pretrain.errors import UserError
+from pretrain.monitor.throughput import peak_flops as peak_flops_of
 
 
 def estimate(
     sets: SetOption, config: ConfigArgument = None, preset: PresetOption = None,
-    nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
-    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="Ranks a machine; default: launch.nproc.")] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Machines; default: slurm.nodes, else 1.")] = None,
+    gpus_per_node: Annotated[int | None, typer.Option(
+        min=1, help="Ranks a machine; default: those of the slurm section, else launch.nproc.")] = None,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(
         help="Where it will run. auto: cuda where --gpus-per-node is given, else as here.")] = "auto",
     memory: Annotated[float | None, typer.Option(help="GiB of one device; default: what is found here.")] = None,
     tokens_per_second: Annotated[float | None, typer.Option(help="Measured speed of the whole world.")] = None,
     peak_flops: Annotated[float | None, typer.Option(help="Peak FLOP/s of one device, as 989e12.")] = None,
     mfu: Annotated[float | None, typer.Option(help="Share of the peak that training uses, as 0.4.")] = None,
+    gpu: Annotated[str | None, typer.Option(help="Device, as H100: its memory, and the time of a step.")] = None,
+    efficiency: Annotated[float, typer.Option(help="With --gpu: share of the peak while nothing is sent.")] = 0.5,
+    link: Annotated[float | None, typer.Option(
+        help="With --gpu: GB/s that a rank sends; default: 50 between machines, 300 on one.")] = None,
+    disk: Annotated[float, typer.Option(help="With --gpu: GB/s of the disk of checkpoints.")] = 2.0,
+    price: Annotated[float | None, typer.Option(help="Of one device for an hour.")] = None,
     as_json: JsonOption = False, log_level: LogLevelOption = LogLevel.INFO,
 ) -> None:
-    """Print parameters, memory a rank by term, FLOPs, hours, and the largest micro-batch that fits. Runs nothing."""
+    """Print parameters, memory a rank, FLOPs, time of a step, days and cost, each by term. Runs nothing."""
     if (peak_flops is not None and mfu is None) or (mfu is not None and tokens_per_second is not None):
         raise UserError("give either --tokens-per-second, or --mfu with --peak-flops")
     if mfu is not None and not 0 < mfu <= 1:
         raise UserError(f"--mfu {mfu}: must be above 0 and at most 1")
+    if gpu is not None and (mfu or tokens_per_second or peak_flops):
+        raise UserError(f"--gpu {gpu}: gives the time of a step already; leave --mfu, --peak-flops and "
+                        "--tokens-per-second out")
     loaded = load_config(config, preset, sets)
     run = loaded.config
-    ranks = gpus_per_node or run.launch.nproc
-    wanted = device if device != "auto" else "cuda" if gpus_per_node else None
+    nodes = nodes or (run.slurm.nodes if run.slurm else 1)
+    ranks = gpus_per_node or (run.slurm.ranks_per_node if run.slurm else run.launch.nproc)
+    on_gpus = gpus_per_node or gpu or (run.slurm and run.slurm.gpus_per_node)
+    wanted = device if device != "auto" else "cuda" if on_gpus else None
     facts = assumed_device(wanted)
     precision, reason = resolve_precision(run, facts)
     samples, data_name = training_samples(run)
@@ -59,18 +77,34 @@ def estimate(
         raise UserError(f"--mfu {mfu}: the peak of the device is not known here; give --peak-flops too")
     plan = make_plan(run, nodes * ranks, precision=precision, device=facts.kind, epoch_samples=samples,
                      speed=Speed(tokens_per_second, peak, mfu))
-    room = _device_memory(memory, facts.kind, ranks)
+    known = known_gpu(gpu) if gpu else None
+    step = None
+    if gpu and known:
+        hardware = Hardware(_peak(gpu, precision), efficiency, (link or (50 if nodes > 1 else 300)) * 1e9,
+                            known.bandwidth, disk * 1e9)
+        step = step_time(run, plan, hardware)
+        plan = replace(plan, hours=plan.steps * step.most / 3600, speed=Speed(plan.tokens_per_step / step.most))
+    room = known.memory_bytes if known and memory is None else _device_memory(memory, facts.kind, ranks)
     fits = None if room is None else largest_micro_batch(run, nodes * ranks, room, precision=precision,
                                                          device=facts.kind)
     if as_json:
         typer.echo(json.dumps({**plan_json(plan, precision_reason=reason, data_name=data_name), "device": facts.kind,
-                               "device_memory_bytes": room, "largest_micro_batch_size": fits}, indent=2))
+                               "device_memory_bytes": room, "largest_micro_batch_size": fits,
+                               **cost_json(plan, step, price)}, indent=2))
         return
-    typer.echo(f"{nodes} x {ranks} ranks on {facts.kind}")
+    typer.echo(f"{nodes} x {ranks} ranks on {gpu or facts.kind}")
     for line in plan_lines(plan, precision_reason=reason, data_name=data_name):
         typer.echo(line)
     if room is not None:
         typer.echo("\n" + _fit_line(plan, room, fits or 0))
+    for number, line in enumerate(cost_lines(plan, step, price, "GPU" if facts.kind == "cuda" else "rank")):
+        typer.echo(line if number else f"\n{line}")
+
+
+def _peak(gpu: str, precision: Precision) -> float:
+    peak = peak_flops_of(gpu, precision)
+    assert peak is not None, gpu
+    return peak
 
 
 def _fit_line(plan: Plan, room: int, fits: int) -> str:
