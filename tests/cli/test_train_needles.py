@@ -117,16 +117,3 @@ def test_what_has_nothing_to_train_is_refused_in_one_line(warm, tmp_path):
     assert run.wait(60) == 2
     assert run.errors == ["error: bare: the model has nothing to train; evaluate it as it is with `pretrain eval "
                           "CONFIG`"]
-
-
-@pytest.mark.slow
-def test_random_maps_learn_to_retrieve_and_without_rotation_they_do_not(warm, tmp_path):
-    """The address must tell the order of its tokens: the phase does that, and nothing else here can."""
-    sections = {"batch": {"micro_batch_size": 16}, "optim": {"lr": 3.0e-3}, "train": {"length": "100 steps"},
-                "eval": {"every": "100 steps"}}
-    turned = table(train(warm, tmp_path, "turned", "model.pvm_init=random", **sections))
-    still = table(train(warm, tmp_path, "still", "model.pvm_init=random", "model.pvm_phase_clock=none", **sections))
-    rates = [float(row["needle_hit_rate"]) for row in turned if row["needle_hit_rate"]]
-    assert rates[0] < 0.02
-    assert rates[-1] >= 0.9
-    assert float([row for row in still if row["needle_hit_rate"]][-1]["needle_hit_rate"]) <= 0.05
