@@ -11,6 +11,7 @@ import typer
 
 from pretrain.cli.data_at import at
 from pretrain.cli.data_audit import audit
+from pretrain.cli.data_mix import mix
 from pretrain.cli.options import JsonOption
 from pretrain.cli.text import excerpt
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, help="Look into prepared data.")
 app.command()(at)
 app.command()(audit)
+app.command()(mix)
 
 DatasetArgument = Annotated[Path, typer.Argument(metavar="DIR", help="Dataset folder written by `pretrain prep`.")]
 
