@@ -143,7 +143,8 @@ def fused_attention(query: Tensor, key: Tensor, value: Tensor, weight: Tensor | 
         query, key = fused_features(query, key, weight, real)
     bias = None
     if real is not None:
-        lowest = torch.finfo(query.dtype).min
+        # Half of the smallest number: kernels scale biases, and -inf in all of a row would make it no number.
+        lowest = torch.finfo(query.dtype).min / 2
         bias = torch.zeros(real.shape, dtype=query.dtype, device=query.device).masked_fill(~real, lowest)[:, None, None]
     if written_out:
         logits = wide(query) @ wide(key).mT

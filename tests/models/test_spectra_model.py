@@ -9,9 +9,10 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
 
 from pretrain.config.run import OptimConfig
+from pretrain.errors import UserError
 from pretrain.gates import run_gates
 from pretrain.models.base import BuildContext, EncoderOutput, LMOutput
-from pretrain.models.spectra.family import FAMILY
+from pretrain.models.spectra.family import FAMILY, SpectraHooks
 from pretrain.models.spectra.model import SpectraForMaskedLM, SpectraModel
 from pretrain.models.spectra.schema import SpectraConfig
 from tests.models.spectra_slow import text_vectors
@@ -333,3 +334,36 @@ def test_weights_of_linear_layers_decay_and_nothing_else(task):
     assert sum(len(g.params) for g in groups.values()) == len(list(model.parameters()))
     (all_of_them,) = FAMILY.parameter_groups(build(task=task, profile="compat"), OptimConfig(weight_decay=0.05))
     assert all_of_them.weight_decay == 0.05 and len(all_of_them.params) == len(list(model.parameters()))
+
+
+class Start:
+    """What a family's hook sees before the engine starts, without one."""
+
+    def __init__(self, model, weights):
+        self.model, self.held, self.asked = model, weights, []
+
+    def weights(self, source, key):
+        self.asked.append((str(source), key))
+        return self.held
+
+    def full_parameter(self, name, write=None):
+        with torch.no_grad():
+            self.model.get_parameter(name).copy_(write)
+
+
+def test_a_trunk_is_taken_from_a_masked_lm_and_a_misfit_is_named():
+    teacher, pupil = build(task="masked_lm"), build(spread=False)
+    heads = {name: value.clone() for name, value in pupil.heads.state_dict().items()}
+    held = {name: p.detach() for name, p in teacher.named_parameters()}
+    start = Start(pupil, held)
+    SpectraHooks("runs/teacher").before_engine(start)
+    assert start.asked == [("runs/teacher", "model.trunk_init")]
+    assert all(torch.equal(value, pupil.trunk.state_dict()[name]) for name, value in teacher.trunk.state_dict().items())
+    assert all(torch.equal(value, pupil.heads.state_dict()[name]) for name, value in heads.items())
+    del held["trunk.norm.bias"]
+    with pytest.raises(UserError, match=r"model.trunk_init: runs/teacher holds no trunk.norm.bias: it is of another"):
+        SpectraHooks("runs/teacher").before_engine(start)
+    held["trunk.norm.bias"] = torch.zeros(7)
+    with pytest.raises(UserError, match=r"trunk.norm.bias is \(7,\) in runs/teacher, the model's is \(32,\)"):
+        SpectraHooks("runs/teacher").before_engine(start)
+    SpectraHooks("scratch").before_engine(Start(pupil, {}))
