@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from needle_models import Constant, Echo, Oracle
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from evaluation import needle_eval
 from evaluation.needle_controls import applicable, permuted_needle, query_removed, shuffled_needle, wrong_key
@@ -209,3 +210,18 @@ def test_the_command_on_a_run_and_on_a_config(tmp_path, monkeypatch, capsys, che
     assert "No retrieval" in out
     code, _, err = command(tmp_path / "nothing")
     assert (code, err.count("\n")) == (2, 1)
+
+
+def test_a_plain_transformers_model_is_asked_the_default_task_on_its_vocabulary(tmp_path):
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=400, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+                                         num_attention_heads=2, max_position_embeddings=128))
+    model.save_pretrained(tmp_path / "plain")
+    target = open_target(str(tmp_path / "plain"))
+    changes = ("data.source.ctx_chunk_len=16", "data.source.needle_len=4", "data.source.needle_marker=key")
+    results = evaluated(target, sets=changes, max_windows=10, controls=True)
+    assert results.details["task"]["vocab_size"] == 400
+    assert results.metrics["test/needle_hit_rate"].n == 40
+    assert results.details["references"] == []
+    assert results.details["findings"] == [], "rules need the config of a run"
+    with pytest.raises(UserError, match="534 tokens are more than the 128"):
+        evaluated(target)
