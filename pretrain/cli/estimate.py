@@ -43,6 +43,8 @@ def estimate(
         min=1, help="Ranks a machine; default: those of the slurm section, else launch.nproc.")] = None,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(
         help="Where it will run. auto: cuda where --gpus-per-node is given, else as here.")] = "auto",
+    epoch_samples: Annotated[int | None, typer.Option(
+        min=1, help="Samples of an epoch; default: those of the prepared data.")] = None,
     memory: Annotated[float | None, typer.Option(help="GiB of one device; default: what is found here.")] = None,
     tokens_per_second: Annotated[float | None, typer.Option(help="Measured speed of the whole world.")] = None,
     peak_flops: Annotated[float | None, typer.Option(help="Peak FLOP/s of one device, as 989e12.")] = None,
@@ -72,6 +74,8 @@ def estimate(
     facts = assumed_device(wanted)
     precision, reason = resolve_precision(run, facts)
     samples, data_name = training_samples(run)
+    if epoch_samples is not None:
+        samples, data_name = epoch_samples, f"{epoch_samples:,} samples (--epoch-samples)"
     peak = peak_flops or known_peak(run, precision)
     if mfu is not None and peak is None:
         raise UserError(f"--mfu {mfu}: the peak of the device is not known here; give --peak-flops too")
@@ -90,9 +94,11 @@ def estimate(
     if as_json:
         typer.echo(json.dumps({**plan_json(plan, precision_reason=reason, data_name=data_name), "device": facts.kind,
                                "device_memory_bytes": room, "largest_micro_batch_size": fits,
-                               **cost_json(plan, step, price)}, indent=2))
+                               "model": run.model.summary(), **cost_json(plan, step, price)}, indent=2))
         return
     typer.echo(f"{nodes} x {ranks} ranks on {gpu or facts.kind}")
+    if "warning" in run.model.summary():
+        typer.echo(f"warning     {run.model.summary()['warning']}")
     for line in plan_lines(plan, precision_reason=reason, data_name=data_name):
         typer.echo(line)
     if room is not None:

@@ -11,7 +11,7 @@ from pretrain.config.memory import gib
 from pretrain.config.plan import Plan, Speed, windows
 from pretrain.config.precision import DeviceFacts, DeviceKind, advise_precision
 from pretrain.config.run import Precision, RunConfig
-from pretrain.config.source import ShardsConfig, SyntheticConfig
+from pretrain.config.source import PairsConfig, ShardsConfig, SyntheticConfig
 from pretrain.errors import PretrainError
 from pretrain.monitor.throughput import peak_flops
 
@@ -40,7 +40,7 @@ def training_samples(config: RunConfig) -> tuple[int | None, str]:
     source = config.data.source
     if isinstance(source, SyntheticConfig):
         return source.samples, f"{source.kind}, {source.samples:,} samples"
-    if not isinstance(source, ShardsConfig):
+    if not isinstance(source, ShardsConfig | PairsConfig):
         return None, source.kind
     from data_prep.manifest import Manifest
     name = f"{source.path} split {source.split}"
@@ -50,6 +50,8 @@ def training_samples(config: RunConfig) -> tuple[int | None, str]:
         return None, f"{name}, not there"
     if record is None:
         return None, f"{name}, which the dataset lacks"
+    if isinstance(source, PairsConfig):
+        return record.docs, f"{name}, {record.docs:,} pairs"
     return windows(record.tokens, config.data.seq_len, config.data.stride), f"{name}, {record.tokens:,} tokens"
 
 

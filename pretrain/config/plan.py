@@ -80,7 +80,8 @@ def make_plan(config: RunConfig, world_size: int, *, precision: Precision, devic
                                              epoch_samples=epoch_samples)
     except ValueError:
         raise ConfigError("train.length", f"{config.train.length} needs the prepared data, which was not found; "
-                          "prepare it first or give the length in steps or tokens") from None
+                          "prepare it first, give the length in steps or tokens, or to `pretrain estimate` the number "
+                          "of its samples (--epoch-samples)") from None
     count, speed = config.model.parameter_count(), speed or Speed()
     flops_per_token = 3 * config.model.flops_per_token(seq_len)
     return Plan(parameters=count, world_size=world_size, batch=batch, precision=precision, seq_len=seq_len, steps=steps,

@@ -64,6 +64,15 @@ def test_estimate_agrees_with_itself():
     assert figures["largest_micro_batch_size"] >= figures["micro_batch_size"]
 
 
+def test_estimate_of_pairs_without_their_data_takes_the_number_of_samples():
+    figures = json.loads(run("estimate", "--preset", "spectra-m600", "--epoch-samples", "98000", "--json"))
+    assert figures["steps"] == 4593 and figures["tokens_per_step"] == 64 * 3 * 192
+    assert figures["model"]["claimed_parameters"] == 600_000_000
+    text = run("estimate", "--preset", "spectra-m600", "--epoch-samples", "98000")
+    assert "warning     size M600 claims 600,000,000 parameters, the model has 719,202,800 (+19.9%)" in text
+    assert "98,000 samples (--epoch-samples)" in text
+
+
 def test_a_dry_run_shows_the_plan_and_touches_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     output = run("train", "--preset", "demo", "--dry-run", "--set", "train.length=1M tokens")
