@@ -138,9 +138,10 @@ def _numbers(item: str, whole: str) -> Iterator[str]:
 def meet(own: RankEnvironment, folder: Path, environment: Mapping[str, str], *, timeout_s: float) -> RankEnvironment:
     """`own` with the port of rank 0, where that is still open. Rank 0 listens on it from now on (LISTEN_FD).
 
-    `folder` is seen by all machines; rank 0 makes it. Raises UserError where rank 0 has not come within `timeout_s`.
+    `folder` is seen by all machines; rank 0 makes it. Nothing is written where a launcher has said where to meet, or
+    where there is nobody to meet. Raises UserError where rank 0 has not come within `timeout_s`.
     """
-    if own.master_port:
+    if own.master_port or own.world_size == 1 or "RANK" in environment:
         return own
     place = folder / "-".join(environment.get(key) or "0" for key in
                               ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"))

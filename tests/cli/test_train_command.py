@@ -210,11 +210,11 @@ def test_requests_in_the_control_folder_are_served(warm: Warm, folder: Path) -> 
 def test_a_request_that_comes_after_the_last_step_is_removed_with_a_line(warm: Warm, folder: Path) -> None:
     late = """
 from pretrain.engine.keeping import Keeper
-save = Keeper.save
-def saved(keeper, *arguments, **options):
+begin = Keeper.begin
+def begun(keeper, *arguments, **options):
     (keeper.folder.control_dir / "stop").touch()
-    return save(keeper, *arguments, **options)
-Keeper.save = saved
+    return begin(keeper, *arguments, **options)
+Keeper.begin = begun
 """
     sets = ("train.length=4 steps", "checkpoint.every=null", "eval.every=null")
     run = train(warm, folder, *sets, before=late)
