@@ -19,8 +19,8 @@ def cost_lines(plan: Plan, step: StepTime | None, price: float | None, device: s
             yield f"  {term.name:<{width}}  {_seconds(term.seconds):>9}  {term.formula}"
         yield f"  {'sum':<{width}}  {_seconds(step.most):>9}  ({_seconds(step.least)} where communication hides)"
     for name, found in _bills(plan, step, price):
-        cost = f", {found.cost:,.0f} at {price:g} an hour" if found.cost is not None else ""
-        yield (f"{name}: {plan.steps:,} steps in {found.hours / 24:.3g} days, {found.device_hours:,.0f} {device} "
+        cost = f", {_figure(found.cost)} at {price:g} an hour" if found.cost is not None else ""
+        yield (f"{name}: {plan.steps:,} steps in {found.hours / 24:.3g} days, {_figure(found.device_hours)} {device} "
                f"hours{cost}")
 
 
@@ -38,6 +38,10 @@ def _bills(plan: Plan, step: StepTime | None, price: float | None) -> Iterator[t
         yield "at least", bill(plan.steps, step.least, plan.world_size, price)
     elif plan.hours is not None:
         yield "in all", bill(plan.steps, plan.hours * 3600 / plan.steps, plan.world_size, price)
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _seconds(value: float) -> str:

@@ -2,7 +2,8 @@
 
 With P trainable and F frozen parameters, e bytes a weight, W ranks, a accumulation steps and R = (W - 1) / W:
 
-    compute         4/3 with activation checkpointing, else 1, x FLOPs of a step / (W x peak x efficiency)
+    compute         FLOPs of a step / (W x peak x efficiency), and a third of them again for each further forward:
+                    activation checkpointing, gradient caching
     gradients       stage 0, 1: 2 R 4 P       stage 2: a x 2 R 4 P       stage 3: a x R 4 P        bytes a rank sends
     weights         stage 0: none             stage 1, 2: R e P          stage 3: a x R e (P + F), twice what exceeds
                                                                          the weights that stay gathered
@@ -13,7 +14,8 @@ DeepSpeed 0.19.8 reduces the gradients of stages 1 and 2 by all-reduce (a ring s
 by reduce-scatter; always in fp32 here. Bytes are held to counted collectives (`tests/engine/test_traffic.py`), compute,
 optimizer and saves to measurements (`benchmarks/cost.py`). How much of the communication hides behind computing is not
 modelled: a step takes at least the longer of the two, at most their sum, and the sum is what the cost is made of.
-Loading data, evaluations and waiting in the queue are not counted, nor is offload.
+Loading data, evaluations and waiting in the queue are not counted, nor is offload. Objectives that drive their own
+passes (contrastive) make several a sample, where one of `seq_len` tokens is counted: there all figures are lower bounds.
 """
 
 from __future__ import annotations
@@ -123,11 +125,13 @@ def step_time(config: RunConfig, plan: Plan, hardware: Hardware) -> StepTime:
     if config.engine.offload.optimizer != "none" or config.engine.offload.parameters != "none":
         raise UserError("engine.offload: how long a step takes with it is not modelled; measure it and give "
                         "--tokens-per-second")
-    checkpointing = config.engine.activation_checkpointing
-    flops = plan.flops_per_token * plan.tokens_per_step * (4 / 3 if checkpointing else 1)
-    compute = TimeTerm("compute", flops / (plan.world_size * hardware.peak_flops * hardware.efficiency),
-                       f"{'4/3 x ' if checkpointing else ''}{plan.flops_per_token * plan.tokens_per_step:.3g} FLOPs / "
-                       f"(W x {hardware.peak_flops / 1e12:.4g} TFLOP/s x {hardware.efficiency:g})")
+    again = config.engine.activation_checkpointing + bool(getattr(config.objective, "grad_cache", False))
+    flops = plan.flops_per_token * plan.tokens_per_step
+    done = plan.world_size * hardware.peak_flops * hardware.efficiency
+    compute = TimeTerm("compute", (3 + again) / 3 * flops / done,
+                       f"{f'{3 + again}/3 x ' if again else ''}{flops:.3g} FLOPs / "
+                       f"(W x {hardware.peak_flops / 1e12:.4g} TFLOP/s x {hardware.efficiency:g})"
+                       + ("; one pass a sample: a lower bound" if config.objective.protocol == "update" else ""))
     sent = tuple(TimeTerm(f"{part.name} sent", part.bytes / hardware.link,
                           f"{part.formula} bytes / {hardware.link / 1e9:g} GB/s") for part in traffic(config, plan))
     return StepTime(compute, sent, tuple(_others(config, plan, hardware)))
