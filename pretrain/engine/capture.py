@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,13 +19,15 @@ from pretrain.engine.shards import PRIVATE, TAG
 from pretrain.engine.writing import TextFile, TorchFile
 
 _SCRIPT = "zero_to_fp32.py"
+_FILLED = 0.9
+"""Share of a piece of memory that tensors must fill to be written together with it; the rest is padding."""
 
 
 def captured(engine: Engine, folder: Path, *, to_host: bool) -> list[TorchFile | TextFile]:
     """What DeepSpeed keeps of a checkpoint, as files of this rank below `folder`. Collective; nothing is written.
 
     With `to_host` every tensor is copied once, to host memory, and training may change the state afterwards. Without,
-    tensors are the live ones.
+    tensors are the live ones, but for small parts of large buffers.
     """
     ds = engine.ds
     names = {id(parameter): name for name, parameter in engine.model.named_parameters()}
@@ -39,7 +42,7 @@ def captured(engine: Engine, folder: Path, *, to_host: bool) -> list[TorchFile |
     finally:
         ds.checkpoint_engine = writer
         del ds._copy_recovery_script
-    if to_host and engine.world.device.type == "cuda":
+    if engine.world.device.type == "cuda":
         torch.cuda.synchronize(engine.world.device)
     if collector.error is not None:
         raise collector.error
@@ -94,45 +97,82 @@ class _Collector:
 class _Taker:
     """Rebuilds containers and copies other mutable objects, so that nothing that training changes is shared.
 
-    A tensor that is a part of a larger one is always copied: torch would write all of the larger one. Tensors at the
-    same place (tied weights) stay one. Both ways of taking lead to the same bytes on the disk, devices aside.
+    DeepSpeed lays weights into flat buffers. Where tensors fill the memory in which they lie, that is taken as one
+    piece with the tensors in it, as `torch.save` writes it; a small part of a large buffer is copied out, always to the
+    host. Both ways of taking lead to the same bytes on the disk, devices aside.
     """
 
     def __init__(self, to_host: bool) -> None:
         self.nbytes = 0
-        """Of all tensors taken so far."""
+        """Of all memory taken so far."""
         self._to_host = to_host
         self._taken: dict[Any, tuple[torch.Tensor, torch.Tensor]] = {}
         """Original (kept, so that its address is given to no other) and what was taken of it."""
 
-    def __call__(self, value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            return self._tensor(value.detach())
+    def __call__(self, state: Any) -> Any:
+        """The content of one file."""
+        seen: dict[_Memory, set[tuple[int, ...]]] = {}
+        for tensor in _tensors(state):
+            seen.setdefault(_memory(tensor), set()).add((tensor.storage_offset(), tensor.nbytes))
+        filled = {memory for memory, parts in seen.items() if sum(size for _, size in parts) >= _FILLED * memory.nbytes}
+        mixed = {memory.place for memory in filled if sum(other.place == memory.place for other in seen) > 1}
+        return self._rebuilt(state, {memory for memory in filled if memory.place not in mixed})
+
+    def _rebuilt(self, value: Any, filled: Collection[_Memory]) -> Any:
         kind = type(value)
+        if isinstance(value, torch.Tensor):
+            return self._tensor(value.detach(), filled)
         if kind in (dict, OrderedDict):
-            return kind((key, self(member)) for key, member in value.items())
+            return kind((key, self._rebuilt(member, filled)) for key, member in value.items())
         if kind in (list, tuple):
-            return kind(self(member) for member in value)
+            return kind(self._rebuilt(member, filled) for member in value)
         return copy.deepcopy(value)
 
-    def _tensor(self, tensor: torch.Tensor) -> torch.Tensor:
+    def _tensor(self, tensor: torch.Tensor, filled: Collection[_Memory]) -> torch.Tensor:
         if not tensor.numel():
             return torch.empty(tensor.shape, dtype=tensor.dtype)
-        flat = tensor.is_contiguous()
-        key = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.numel() if flat else (*tensor.shape,
-                                                                                           *tensor.stride()))
+        memory = _memory(tensor)
+        if memory not in filled:
+            key = memory, tensor.storage_offset(), tensor.shape, tensor.stride()
+            return self._once(key, tensor, lambda: _host_copy(tensor))
+        all_of_it = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(tensor.untyped_storage())
+        taken = self._once(memory, all_of_it, lambda: _host_copy(all_of_it) if self._to_host else all_of_it)
+        return taken.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+    def _once(self, key: Any, tensor: torch.Tensor, take: Callable[[], torch.Tensor]) -> torch.Tensor:
         if key not in self._taken:
-            self._taken[key] = tensor, self._copy(tensor) if self._to_host or not _whole(tensor) else tensor
+            self._taken[key] = tensor, take()
             self.nbytes += tensor.nbytes
-        return self._taken[key][1].view(tensor.shape)
-
-    def _copy(self, tensor: torch.Tensor) -> torch.Tensor:
-        if not self._to_host or tensor.device.type == "cpu":
-            return tensor.clone(memory_format=torch.contiguous_format)
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
-        return host.copy_(tensor, non_blocking=True)
+        return self._taken[key][1]
 
 
-def _whole(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is all that its memory holds."""
-    return tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+class _Memory(NamedTuple):
+    """What a tensor lies in, as tensors of one type see it."""
+
+    place: tuple[torch.device, int]
+    nbytes: int
+    dtype: torch.dtype
+
+
+def _memory(tensor: torch.Tensor) -> _Memory:
+    storage = tensor.untyped_storage()
+    return _Memory((tensor.device, storage.data_ptr()), storage.nbytes(), tensor.dtype)
+
+
+def _host_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous copy; from an accelerator it is finished once that is synchronised."""
+    if tensor.device.type != "cuda":
+        return tensor.to("cpu", memory_format=torch.contiguous_format, copy=True)
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """Every tensor with elements in a nest of containers."""
+    if isinstance(value, torch.Tensor):
+        yield from [value] if value.numel() else []
+    elif type(value) in (dict, OrderedDict):
+        for member in value.values():
+            yield from _tensors(member)
+    elif type(value) in (list, tuple):
+        for member in value:
+            yield from _tensors(member)

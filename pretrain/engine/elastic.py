@@ -65,13 +65,14 @@ def _fill(engine: Engine, shards: Shards, manifest: Manifest) -> None:
     for holding in holdings(engine):
         targets: dict[Kind, torch.Tensor] = {"master": holding.master.data}
         if shards.step is not None:
-            targets |= {kind: torch.zeros_like(holding.master.data, dtype=torch.float32) for kind in MOMENTS}
+            targets |= {kind: torch.empty_like(holding.master.data, dtype=torch.float32) for kind in MOMENTS}
             optimizer.state[holding.master] = {kind: targets[kind] for kind in MOMENTS}
             optimizer.state[holding.master]["step"] = _step(optimizer, holding.master, shards.step)
         else:  # from before the first update, when there are no moments
             optimizer.state.pop(holding.master, None)
         if sum(fragment.numel for fragment in holding.fragments) < holding.master.numel():
-            holding.master.data.zero_()
+            for tensor in targets.values():
+                tensor.zero_()
         for kind, tensor in targets.items():
             flat = tensor.view(-1)
             for fragment in holding.fragments:

@@ -315,9 +315,7 @@ class Trainer:
         if self.reporter.writer is not None:
             self.reporter.writer.sync()
         with self.reporter.aside("save"):
-            snapshot = checkpoint.Snapshot(self.state.to_json(), self.lr.state_dict(), self.health.state_dict(),
-                                           dict(self.hooks.state_dict()), self.data_fingerprint, self.probe_inputs,
-                                           self.hooks.controls(self.state.step))
+            snapshot = self.snapshot()
             in_background = self.config.checkpoint.async_save and not wait
             self.keeper.begin(self.engine, snapshot, best_metric=self.config.eval.metric if best else None,
                               to_host=in_background)
@@ -326,6 +324,12 @@ class Trainer:
             self._settle()
         self.saved = copy.deepcopy(self.state)
         return True
+
+    def snapshot(self) -> checkpoint.Snapshot:
+        """Where the run stands, but for what the engine holds."""
+        return checkpoint.Snapshot(self.state.to_json(), self.lr.state_dict(), self.health.state_dict(),
+                                   dict(self.hooks.state_dict()), self.data_fingerprint, self.probe_inputs,
+                                   self.hooks.controls(self.state.step))
 
     def _settle(self) -> None:
         """Wait for a checkpoint that is being written, on all ranks, and publish it. Collective."""
