@@ -5,7 +5,7 @@ from tests.engine.world import main
 
 CASES = {"splits": shared_cases.splits, "contrastive": shared_cases.contrastive,
          "first_link": elastic_cases.first_link,
-         **afrb_cases.CASES, **spectra_cases.CASES}
+         **afrb_cases.EVERYWHERE, **spectra_cases.CASES}
 
 if __name__ == "__main__":
     main(CASES)

@@ -20,8 +20,7 @@ def test_a_recurrence_over_ranks_equals_one_rank(one: dict[str, Any], two: dict[
             assert got == pytest.approx(want, rel=1e-12, abs=1e-12)
 
 
-STAGES = ("vector 0", "vector 2", "vector 3", "vector checkpointing", "matrix 0", "matrix 2", "matrix 3",
-          "matrix checkpointing")
+STAGES = ("vector 3", "matrix 0", "matrix 2", "matrix 3", "matrix checkpointing")
 
 
 def test_losses_depend_neither_on_stage_nor_on_ranks(one: dict[str, Any], two: dict[str, Any],
@@ -33,7 +32,7 @@ def test_losses_depend_neither_on_stage_nor_on_ranks(one: dict[str, Any], two: d
     want = case(one, "afrb_needles")
     for world in (one, two, four):
         found = case(world, "afrb_needles")
-        for key in STAGES:
+        for key in ("vector 0", *STAGES):
             assert found[key] == pytest.approx(want[f"{key.split()[0]} 0"], rel=1e-5), key
         assert found["matrix bf16"] == pytest.approx(want["matrix 0"], rel=2e-2)
 
