@@ -15,7 +15,7 @@ by reduce-scatter; always in fp32 here. Bytes are held to counted collectives (`
 optimizer and saves to measurements (`benchmarks/cost.py`). How much of the communication hides behind computing is not
 modelled: a step takes at least the longer of the two, at most their sum, and the sum is what the cost is made of.
 Loading data, evaluations and waiting in the queue are not counted, nor is offload. Objectives that drive their own
-passes (contrastive) make several a sample, where one of `seq_len` tokens is counted: there all figures are lower bounds.
+passes (contrastive) make several a sample, of which one of `seq_len` tokens is counted: their figures are lower bounds.
 """
 
 from __future__ import annotations
