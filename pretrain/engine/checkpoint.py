@@ -82,25 +82,29 @@ class Saving:
         return self._world.on_main(lambda: self._name({name: own for part in parts for name, own in part.items()}))
 
     def _name(self, hashes: Mapping[str, str]) -> CheckpointRef:
-        self._refuse_if_taken_over()
+        refuse_if_taken_over(self._folder, self._lease)
         fence = _held(self._lease).fence
         ref = self._folder.final_checkpoint(int(self._facts["step"]), fence)
         try:
             Manifest.collect(self._temporary, hashes, fence=fence, **self._facts).write(self._temporary)
             replace_dir(self._temporary, ref.path)
+            refuse_if_taken_over(self._folder, self._lease)
             self._folder.write_pointer("latest", ref)
         except OSError as error:
             shutil.rmtree(self._temporary, ignore_errors=True)
+            refuse_if_taken_over(self._folder, self._lease)  # whoever did has removed what was half-written
             raise unwritable(error) from None
         return ref
 
     def _discard(self) -> None:
-        self._refuse_if_taken_over()
+        refuse_if_taken_over(self._folder, self._lease)
         shutil.rmtree(self._temporary, ignore_errors=True)
 
-    def _refuse_if_taken_over(self) -> None:
-        if not _held(self._lease).still_held():
-            raise UserError(f"{self._folder.root}: another process took this run over; nothing more is written here")
+
+def refuse_if_taken_over(folder: RunFolder, lease: Lease | None) -> None:
+    """Raise UserError where another process holds the run by now. Rank 0 only."""
+    if not _held(lease).still_held():
+        raise UserError(f"{folder.root}: another process took this run over; nothing more is written here")
 
 
 def begin(engine: Engine, folder: RunFolder, lease: Lease | None, snapshot: Snapshot, *, to_host: bool) -> Saving:

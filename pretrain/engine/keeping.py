@@ -129,6 +129,7 @@ class Keeper:
 
     def _keep(self, world: World, ref: CheckpointRef, best_metric: str | None, best_steps: list[int]) -> None:
         def point() -> None:
+            checkpoint.refuse_if_taken_over(self.folder, self._lease)
             try:
                 self.folder.write_pointer(f"best-{best_metric}", ref)
             except OSError as error:

@@ -51,7 +51,11 @@ class Mirror:
         if number % self._config.every:
             return
         pin = contextlib.ExitStack()
-        pin.enter_context(pinned(ref))
+        try:
+            pin.enter_context(pinned(ref))
+        except FileNotFoundError as error:  # whoever took the run over meanwhile did not keep it
+            _log.warning("[DRIVE BACKUP] checkpoint #%d is not copied: %s", number, error)
+            return
         with self._changed:
             if self._waiting is not None:
                 _, passed, old = self._waiting

@@ -14,7 +14,7 @@ from tests.cli.test_train_command import slow_data
 from tests.cli.tiny_run import losses, status, until
 from tests.cli.warm import Forked
 from tests.faults.harness import Case, Outcome
-from tests.faults.inject import Point
+from tests.faults.inject import REACHED, Point, statements
 from tests.faults.points import BY_NAME
 
 pytestmark = pytest.mark.slow
@@ -107,10 +107,16 @@ def test_of_commands_given_at_once_one_trains(case: Case, undisturbed: Outcome) 
     assert case.outcome() == undisturbed
 
 
-def test_a_frozen_job_that_wakes_up_changes_nothing(case: Case, undisturbed: Outcome) -> None:
+@pytest.mark.parametrize("point", [
+    Point("in a step", "pretrain.engine.build:Engine.step", "after", nth=5),
+    Point("before the manifest", "pretrain.runfolder.publish:Manifest.write", "before", match="step=6"),
+    Point("before the rename", "os:rename", "before", match=r"tmp-f1-step-6 .*/step-6\.f1"),
+    Point("after the rename", "os:rename", "after", match=r"tmp-f1-step-6 .*/step-6\.f1"),
+], ids=lambda point: point.name)
+def test_a_frozen_job_that_wakes_up_changes_nothing(point: Point, case: Case, undisturbed: Outcome) -> None:
     """Its machine stood still for longer than the lease lasts, and another start took over."""
-    frozen = case.start(before=QUICK_LEASE + slow_data(0.3))
-    until(lambda: len(losses(case.root)) >= 5)
+    frozen = case.start(before=QUICK_LEASE + statements(point, "stop", case.folder))
+    until(lambda: (case.folder / REACHED).exists())
     processes = [psutil.Process(frozen.pid), *psutil.Process(frozen.pid).children()]
     for process in processes:
         process.send_signal(signal.SIGSTOP)
