@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from pretrain.errors import DataCorruption
@@ -51,11 +52,16 @@ class Start:
     action: Action | None = None
 
 
+def starts_file(folder: RunFolder) -> Path:
+    """The record."""
+    return folder.slurm_dir / "starts.jsonl"
+
+
 def read_history(folder: RunFolder) -> list[Start]:
     """Starts in the order in which they began; torn lines are passed over."""
     starts: dict[tuple[str, int], Start] = {}
     try:
-        lines = (folder.slurm_dir / "starts.jsonl").read_bytes().splitlines()
+        lines = starts_file(folder).read_bytes().splitlines()
     except FileNotFoundError:
         return []
     for line in lines:
@@ -77,7 +83,7 @@ Event = Literal["begin", "interrupted", "end"]
 def note(folder: RunFolder, event: Event, job: str, restart: int, **facts: Any) -> None:
     """Append one event, flushed to the disk. What a full disk or a kill has torn stays on a line of its own."""
     line = json.dumps({"event": event, "job": job, "restart": restart, **facts}) + "\n"
-    with open(folder.slurm_dir / "starts.jsonl", "ab+") as file:
+    with open(starts_file(folder), "ab+") as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)
             line = line if file.read(1) == b"\n" else f"\n{line}"

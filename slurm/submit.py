@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -57,6 +58,16 @@ def submit(loaded: LoadedConfig, place: Place, *, again: bool = False, command: 
         if numbers:
             note_submission(job.folder, numbers)
     return job, numbers
+
+
+def await_end(number: str, timeout_s: float) -> str:
+    """The state of a job once it has ended, or as it is after `timeout_s` seconds; UNKNOWN to a queue that forgot it."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        job = next((job for job in client.squeue() if job.id == number), None)
+        if job is None or not job.live or time.monotonic() > deadline:
+            return job.state if job is not None else "UNKNOWN"
+        time.sleep(2.0)
 
 
 def live_jobs(folder: RunFolder) -> list[str]:

@@ -56,6 +56,41 @@ def submit(sets: SetOption, config: ConfigArgument = None, preset: PresetOption 
 
 
 @app.command()
+def smoke(sets: SetOption, config: ConfigArgument = None, preset: PresetOption = None,
+          nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 2,
+          wait: Annotated[float, typer.Option(help="Seconds to wait for the job; 0: submit only.")] = 900.0) -> None:
+    """Submit a job of two minutes that tells what works on this cluster, and print what it found.
+
+    CONFIG gives the slurm section (partition, account, env, ...); without one, --set slurm.partition=... does. Ends
+    with code 5 where something does not work.
+    """
+    from pretrain.errors import CheckFailed
+    from pretrain.runfolder.layout import RunFolder
+    from slurm.history import starts_file
+    from slurm.script import Job, frozen_config
+    from slurm.smoke import SETS, read_report, report_file
+    from slurm.submit import await_end, here
+    from slurm.submit import submit as hand_over
+    loaded = load_config(config, preset if preset or config else "demo", [*sets, *SETS, f"slurm.nodes={nodes}"])
+    folder = Job.of(loaded.config, here()).folder
+    for old in (report_file(folder), starts_file(folder)):
+        old.unlink(missing_ok=True)
+    job, numbers = hand_over(loaded, here(), command=["-m", "slurm.smoke", str(frozen_config(folder))])
+    typer.echo(f"submitted job {numbers[0]}: {job.root}")
+    if not wait:
+        return
+    state = await_end(numbers[0], wait)
+    checks = read_report(RunFolder(Path(job.root)))
+    for check in checks:
+        typer.echo(f"{check.state:<8}{check.name:<14}{check.text}")
+    names = {check.name for check in checks}
+    missing = [name for name in ("machines", "signal", "requeue") if name not in names]
+    if state not in ("COMPLETED", "RUNNING") or missing or any(check.state == "problem" for check in checks):
+        unknown = f"; nothing is known of {', '.join(missing)}" if missing else ""
+        raise CheckFailed(f"job {numbers[0]} is {state}{unknown}; its log: `pretrain slurm logs {job.root}`")
+
+
+@app.command()
 def status(target: Annotated[str, typer.Argument(help=TARGET)], as_json: JsonOption = False) -> None:
     """State, machines, step, loss, tokens/s, restarts and time to go of a run, and why its starts ended."""
     from slurm import client

@@ -16,7 +16,7 @@ from slurm import batch
 from slurm.codes import NOTHING_TO_DO, REQUEUE
 from slurm.decide import Outcome, decide, may_begin, outcome_of
 from slurm.facts import Facts, cause_of
-from slurm.history import Start, note, note_submission, read_history
+from slurm.history import Start, note, note_submission, read_history, starts_file
 from slurm.script import frozen_config
 from tests.slurm.cluster import payload_config
 
@@ -223,7 +223,7 @@ def test_a_link_of_a_chain_that_is_done_does_nothing(folder: RunFolder, monkeypa
 
 def test_torn_lines_of_the_history_are_passed_over(folder: RunFolder) -> None:
     batch.begin(folder, slurm(), FACTS)
-    with open(folder.slurm_dir / "starts.jsonl", "a") as file:
+    with open(starts_file(folder), "a") as file:
         file.write('{"event": "end", "job"')
     note(folder, "end", "7", 0, ended=1.0)
     start, = read_history(folder)
