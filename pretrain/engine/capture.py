@@ -42,8 +42,6 @@ def captured(engine: Engine, folder: Path, *, to_host: bool) -> list[TorchFile |
     finally:
         ds.checkpoint_engine = writer
         del ds._copy_recovery_script
-    if engine.world.device.type == "cuda":
-        torch.cuda.synchronize(engine.world.device)
     if collector.error is not None:
         raise collector.error
     script = [TextFile(_SCRIPT, _recovery_script())] if engine.stage and engine.world.is_main else []
@@ -160,10 +158,8 @@ def _memory(tensor: torch.Tensor) -> _Memory:
 
 
 def _host_copy(tensor: torch.Tensor) -> torch.Tensor:
-    """A contiguous copy; from an accelerator it is finished once that is synchronised."""
-    if tensor.device.type != "cuda":
-        return tensor.to("cpu", memory_format=torch.contiguous_format, copy=True)
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+    """A contiguous copy, in pageable memory: torch rounds pinned memory up to a power of two and keeps it for good."""
+    return tensor.to("cpu", memory_format=torch.contiguous_format, copy=True)
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

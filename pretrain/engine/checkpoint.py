@@ -32,6 +32,7 @@ from pretrain.engine.distributed import World
 from pretrain.engine.shards import TAG
 from pretrain.engine.writing import PartFile, TensorFile, TextFile, Writing, unwritable
 from pretrain.errors import DataCorruption, UserError
+from pretrain.runfolder.hashing import Digest
 from pretrain.runfolder.layout import CheckpointRef, RunFolder
 from pretrain.runfolder.lease import Lease
 from pretrain.runfolder.publish import Manifest, json_text, replace_dir, require_space
@@ -81,7 +82,7 @@ class Saving:
         parts = self._world.gather_objects(self._world.all_or_none(self.writing.hashes))
         return self._world.on_main(lambda: self._name({name: own for part in parts for name, own in part.items()}))
 
-    def _name(self, hashes: Mapping[str, str]) -> CheckpointRef:
+    def _name(self, hashes: Mapping[str, Digest]) -> CheckpointRef:
         refuse_if_taken_over(self._folder, self._lease)
         fence = _held(self._lease).fence
         ref = self._folder.final_checkpoint(int(self._facts["step"]), fence)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import re
 import shutil
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,12 +18,13 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from pretrain.errors import UserError
-from pretrain.runfolder.publish import fsync, hash_file
+from pretrain.runfolder.hashing import Digest, PieceHasher, digest_of
+from pretrain.runfolder.publish import fsync
 
 _PIECE = 16 << 20
 """Bytes between two signs of progress."""
-_SMALL = 1 << 16
-"""Bytes up to which a second thread for the hash does not pay."""
+_HASHERS = 4
+"""Threads at most that hash what one thread writes."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 """How safetensors names a system error."""
@@ -42,9 +42,9 @@ class HashedFile:
         """The first thing that went wrong. What is written afterwards is dropped: torch still closes its archive."""
         self._path = path
         self._progress = progress
-        self._hash = hashlib.sha256()
         self._file = open(path, "xb", buffering=0)  # noqa: SIM115
-        self._beside = ThreadPoolExecutor(1, "hash")
+        self._beside = ThreadPoolExecutor(min(_HASHERS, torch.get_num_threads()), "hash")
+        self._hash = PieceHasher(self._beside)
 
     def __str__(self) -> str:
         return str(self._path)
@@ -54,7 +54,7 @@ class HashedFile:
         view = memoryview(data).cast("B")
         if self.error is not None:
             return len(view)
-        hashed = self._beside.submit(self._hash.update, view) if len(view) > _SMALL else None
+        hashed = self._hash.update(view)
         try:
             done = 0
             while done < len(view):
@@ -64,23 +64,20 @@ class HashedFile:
             self.error = error
             raise
         finally:
-            if hashed is not None:
-                hashed.result()
-        if hashed is None:
-            self._hash.update(view)
+            wait(hashed)
         return len(view)
 
     def flush(self) -> None:
         """Nothing is kept back."""
 
-    def close(self) -> str:
-        """Flush to the disk, and return the SHA-256. Raises the OSError of an earlier write, or its own."""
+    def close(self) -> Digest:
+        """Flush to the disk, and return the digest. Raises the OSError of an earlier write, or its own."""
         self._beside.shutdown()
         with self._file as file:
             if self.error is not None:
                 raise self.error
             os.fsync(file.fileno())
-        return self._hash.hexdigest()
+        return self._hash.digest()
 
 
 class PartFile(Protocol):
@@ -92,8 +89,8 @@ class PartFile(Protocol):
     @property
     def nbytes(self) -> int: ...  # noqa: D102
 
-    def write(self, path: Path, progress: Callable[[], None]) -> str:
-        """Write it to `path`, flushed; returns its SHA-256. Raises OSError, SafetensorError."""
+    def write(self, path: Path, progress: Callable[[], None]) -> Digest:
+        """Write it to `path`, flushed; returns its digest. Raises OSError, SafetensorError."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +101,7 @@ class TorchFile:
     state: Any
     nbytes: int
 
-    def write(self, path: Path, progress: Callable[[], None]) -> str:
+    def write(self, path: Path, progress: Callable[[], None]) -> Digest:
         """Hashed on its way to the file."""
         file = HashedFile(path, progress)
         try:
@@ -127,7 +124,7 @@ class TextFile:
         """Of the text, if it is ASCII."""
         return len(self.text)
 
-    def write(self, path: Path, progress: Callable[[], None]) -> str:
+    def write(self, path: Path, progress: Callable[[], None]) -> Digest:
         """Hashed on its way to the file."""
         file = HashedFile(path, progress)
         file.write(self.text.encode())
@@ -146,12 +143,12 @@ class TensorFile:
         """Of the tensors."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
-    def write(self, path: Path, progress: Callable[[], None]) -> str:
+    def write(self, path: Path, progress: Callable[[], None]) -> Digest:
         """Hashed as it is read back: the library takes no stream."""
         save_file(self.tensors, path)
         fsync(path)
         progress()
-        return hash_file(path)
+        return digest_of(path)
 
 
 class Writing:
@@ -163,7 +160,7 @@ class Writing:
         """Rises while the disk takes in what it is given."""
         self._folder = folder
         self._files = list(files)
-        self._hashes: dict[str, str] = {}
+        self._hashes: dict[str, Digest] = {}
         self._error: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
         self._thread.start()
@@ -191,8 +188,8 @@ class Writing:
         begun = self._folder / self._files[0].name
         return max(0, sum(file.nbytes for file in self._files) - (begun.stat().st_size if begun.exists() else 0))
 
-    def hashes(self) -> dict[str, str]:
-        """SHA-256 of every file by its name. Asked once it has ended; raises what it failed of."""
+    def hashes(self) -> dict[str, Digest]:
+        """The digest of every file by its name. Asked once it has ended; raises what it failed of."""
         if self._error is not None:
             raise self._error
         return self._hashes

@@ -8,19 +8,19 @@ flush of the folder that holds it, which is why every rename is followed by one.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import re
 import shutil
 import stat
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pretrain.errors import DataCorruption, UserError
+from pretrain.runfolder.hashing import Digest, digest_of, digests
+from pretrain.runfolder.hashing import hash_file as hash_file
 
 MANIFEST = "manifest.json"
 REPLACED = ".replaced-"
@@ -29,7 +29,9 @@ READERS = ".readers"
 """Folder inside a checkpoint in which readers pin it; not part of what the manifest describes."""
 CONDEMNED = ".condemned"
 """Mark among the pins: this checkpoint is about to be removed, no new reader may start."""
-_MANIFEST_FORMAT = 1
+_MANIFEST_FORMAT = 2
+_READABLE = (1, 2)
+"""Formats that can be read. Those of 1 have one hash a file, however large."""
 _TEMPORARY = re.compile(r"\..+\.(\d+)-[0-9a-f]{8}\.tmp")
 
 
@@ -77,19 +79,6 @@ def temporary_writer(name: str) -> int | None:
     """The process that is, or was, writing the temporary file `name`; None where it is no such file."""
     match = _TEMPORARY.fullmatch(name)
     return int(match.group(1)) if match else None
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file in hexadecimal, read in pieces; other threads run meanwhile."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def hash_files(folder: Path, names: Sequence[str]) -> dict[str, str]:
-    """SHA-256 of files of a folder by name, as many at a time as this process has cores; give the largest first."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with ThreadPoolExecutor(cores, "hash") as pool:
-        return dict(zip(names, pool.map(lambda name: hash_file(folder / name), names), strict=True))
 
 
 def publish_dir(temporary: Path, final: Path) -> None:
@@ -144,7 +133,7 @@ class FileEntry:
     """One file of a checkpoint."""
 
     bytes: int
-    sha256: str
+    sha256: Digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,8 +150,8 @@ class Manifest:
     """Path relative to the checkpoint, with `/`, to size and hash; the manifest itself is left out."""
 
     @classmethod
-    def collect(cls, folder: Path, hashes: Mapping[str, str], *, step: int, k: int, fence: int, world: int, stage: int,
-                dtype: str) -> Manifest:
+    def collect(cls, folder: Path, hashes: Mapping[str, Digest], *, step: int, k: int, fence: int, world: int,
+                stage: int, dtype: str) -> Manifest:
         """Describe the files that stand in `folder`.
 
         `hashes` holds what each rank computed of its own files; a file that is missing from it is hashed here. Raises
@@ -172,7 +161,7 @@ class Manifest:
         lost = sorted(set(hashes) - set(found))
         if lost:
             raise DataCorruption(f"{folder}: {lost[0]} was written by a rank and is not there")
-        files = {name: FileEntry(size, hashes.get(name) or hash_file(folder / name)) for name, size in found.items()}
+        files = {name: FileEntry(size, hashes.get(name) or digest_of(folder / name)) for name, size in found.items()}
         return cls(step, k, fence, world, stage, dtype, files)
 
     def write(self, folder: Path) -> str:
@@ -186,9 +175,10 @@ class Manifest:
         path = folder / MANIFEST
         try:
             raw = json.loads(path.read_bytes())
-            if raw.pop("format") != _MANIFEST_FORMAT:
+            if raw.pop("format") not in _READABLE:
                 raise ValueError("its format is unknown")
-            files = {name: FileEntry(**entry) for name, entry in raw.pop("files").items()}
+            files = {name: FileEntry(entry["bytes"], entry["sha256"] if isinstance(entry["sha256"], str)
+                                     else tuple(entry["sha256"])) for name, entry in raw.pop("files").items()}
             return cls(files=files, **raw)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise DataCorruption(f"{path}: cannot be read as a checkpoint manifest ({error})") from error
@@ -197,11 +187,11 @@ class Manifest:
         """Compare `folder` with this manifest; one line a difference, none if it is whole.
 
         A file that the manifest does not name is a difference too, because DeepSpeed loads what it finds by pattern.
-        Files are hashed side by side, one a core.
+        Files and pieces of large ones are hashed side by side, one a core.
         """
         found = _files_of(folder, strict=False)
-        whole = [name for name, entry in self.files.items() if level == "full" and found.get(name) == entry.bytes]
-        hashes = hash_files(folder, sorted(whole, key=lambda name: -found[name]))
+        hashes = digests(folder, {name: entry.sha256 for name, entry in self.files.items()
+                                  if level == "full" and found.get(name) == entry.bytes})
         problems = [f"{folder / name}: is not in the manifest" for name in sorted(set(found) - set(self.files))]
         for name, entry in self.files.items():
             if name not in found:
