@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-HELPERS = {"__main__", "harness"}
+HELPERS = {"__main__", "harness", "planted"}
 
 
 def names() -> list[str]:

@@ -112,9 +112,7 @@ class Build:
 
     def encode(self, chosen: Callable[[int], bool]) -> Iterator[int]:
         """Encode the units whose number is chosen; their numbers, in order, as they are done. Everything is read."""
-        with self._alone():
-            decisions, units = self._decided()
-            self._make_tokenizer(decisions, units)
+        decisions, units = self.settle()
         numbers = [number for number in range(len(units)) if chosen(number)]
         kept = sum(entry.get("kept", {}).get("bytes", 0) for entry in decisions["tally"]["counts"].values())
         self.reporter.stage("tokenize", kept if len(numbers) == len(units) else None)
@@ -129,6 +127,13 @@ class Build:
         """Id that ends each text; None for pairs, which get what the tokenizer puts around a text."""
         tokenizer = load_tokenizer(self.folder / TOKENIZER)
         return eos_id(tokenizer, self.config.tokenizer) if self.config.kind == "documents" else None
+
+    def settle(self) -> tuple[dict[str, Any], list[Path]]:
+        """Decide what is kept and make the tokenizer. Returns the decisions and all units. Everything is read."""
+        with self._alone():
+            decisions, units = self._decided()
+            self._make_tokenizer(decisions, units)
+        return decisions, units
 
     def _decided(self) -> tuple[dict[str, Any], list[Path]]:
         units = units_of(self._read, len(self.pieces))
@@ -165,9 +170,7 @@ class Build:
     def finish(self, recipe: dict[str, Any], paths: dict[str, str]) -> None:
         """Do everything that is not done yet and write the whole dataset, the manifest last."""
         self.read(self.pieces)
-        with self._alone():
-            decisions, units = self._decided()
-            self._make_tokenizer(decisions, units)
+        decisions, units = self.settle()
         tokenizer = load_tokenizer(self.folder / TOKENIZER)
         eos, vocabulary = eos_id(tokenizer, self.config.tokenizer), vocab_size(tokenizer)
         content = (self.folder / TOKENIZER).read_bytes()

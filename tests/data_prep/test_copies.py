@@ -2,8 +2,6 @@
 
 import json
 import random
-import re
-import sysconfig
 from collections import defaultdict
 from itertools import pairwise
 from pathlib import Path
@@ -14,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_pipeline import hashes
 
+from benchmarks.planted import planted as near_copies
+from benchmarks.planted import similarity
 from data_prep import build, decide
 from data_prep.external import Grouper
 from data_prep.manifest import Manifest
@@ -21,17 +21,6 @@ from data_prep.minhash import band_hashes, jaccard, shingle_sets
 from data_prep.pipeline import prepare
 from data_prep.stats import stored_documents
 from data_prep.words import word_hashes
-
-
-def shingles(text: str, n: int = 5) -> set[tuple[str, ...]]:
-    """Slow reference: the word shingles of an English text."""
-    words = re.findall(r"[^\W_]+", text.lower())
-    return {tuple(words[i:i + n]) for i in range(max(1, len(words) - n + 1))}
-
-
-def similarity(a: str, b: str) -> float:
-    one, other = shingles(a), shingles(b)
-    return len(one & other) / len(one | other)
 
 
 @settings(deadline=None, derandomize=True, max_examples=40)
@@ -79,44 +68,10 @@ def test_bands_are_found_as_often_as_theory_says():
     assert not band_hashes(*word_hashes(["", "...", "a b"]), 20, 8)[:2].any()
 
 
-def originals(count: int) -> list[str]:
-    """Real texts of 100 to 500 words that have little in common: the interpreter's own sources, a stretch of each."""
-    draw = random.Random(2)
-    root = Path(sysconfig.get_paths()["stdlib"])
-    paths = sorted(p for p in root.rglob("*.py") if "site-packages" not in p.parts and p.stat().st_size > 8000)
-    texts, seen = [], set()
-    for path in paths:
-        words = path.read_text(errors="replace").split()
-        start = 0
-        while start + 100 <= len(words) and len(texts) < count:
-            size = draw.randint(100, 500)
-            text = " ".join(words[start:start + size])
-            start += size
-            found = shingles(text)
-            if len(found & seen) < 0.2 * len(found) and len(found) > 60:
-                seen |= found
-                texts.append(text)
-    return texts
-
-
-def edited(text: str, target: float, draw: random.Random) -> tuple[str, float]:
-    """Words changed, dropped and added one by one until the similarity falls to about `target`; what it is then."""
-    words, found, now = text.split(), shingles(text), 1.0
-    while now > target:
-        at = draw.randrange(len(words))
-        words[at:at + draw.randint(0, 1)] = [f"new{draw.randrange(10**6)}"] * draw.randint(0, 1)
-        other = shingles(" ".join(words))
-        now = len(found & other) / len(found | other)
-    return " ".join(words), now
-
-
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory) -> tuple[Path, list[tuple[str, str, float]]]:
     """1,000 documents in one source and, in the other, a near copy of each, at similarities from 0.4 to 1."""
-    root, draw = tmp_path_factory.mktemp("planted"), random.Random(3)
-    pairs = []
-    for text in originals(1000):
-        pairs.append((text, *edited(text, draw.uniform(0.4, 0.98), draw)))
+    root, pairs = tmp_path_factory.mktemp("planted"), near_copies(1000)
     for name, side in (("a", 0), ("b", 1)):
         (root / f"{name}.jsonl").write_text("".join(json.dumps({"text": pair[side]}) + "\n" for pair in pairs))
     return root, pairs
