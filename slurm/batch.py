@@ -3,6 +3,7 @@
     begin              what went before, and whether anything is left to do
     interrupted NAME   the script was sent a signal; with --ask, ask the ranks through the run folder
     end CODE           what follows
+    machines           which machines are bad, from what they found out themselves
     nodes, endpoint    how many machines to use; an address for torchrun
 
 Reads what the controller says from standard input, writes to the run folder, and answers with its exit code. Asks no
@@ -20,10 +21,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TextIO
 
 from pretrain.config.load import load_run_config
 from pretrain.config.run import RunConfig
 from pretrain.config.slurm import SlurmConfig
+from pretrain.engine.ranks import expand_nodes
 from pretrain.errors import ConfigError, ExitCode, PretrainError, UserError
 from pretrain.runfolder.control import request
 from pretrain.runfolder.holder import fences
@@ -34,6 +37,8 @@ from slurm.codes import NOTHING_TO_DO, REQUEUE
 from slurm.decide import decide, may_begin, outcome_of
 from slurm.facts import Facts, cause_of
 from slurm.history import Start, note, read_history, read_submissions
+from slurm.machines import SILENT, judge, read_results
+from slurm.nodecheck import results_dir
 from slurm.script import frozen_config
 
 _ASK = "save_and_stop"
@@ -108,6 +113,30 @@ _WORDS = {"finish": "finished", "requeue": "requeueing", "next": "the next job o
           "leave": "Slurm starts it again"}
 
 
+def machines(folder: RunFolder, slurm: SlurmConfig) -> int:
+    """Judge what the machines found out. Where one is bad, print those to leave out from now on; the answer is 1."""
+    job, restart = _job()
+    names = expand_nodes(os.environ["SLURM_JOB_NODELIST"])
+    found = judge(slurm, names, read_results(results_dir(folder, job, restart)))
+    for name, told in (*found.notes.items(), *found.bad.items()):
+        _say(f"{name}: {told}", sys.stderr)
+    if not found.bad:
+        return 0
+    everywhere = len(found.bad) == len(names)
+    if everywhere and set(found.bad.values()) == {SILENT}:
+        _say("no machine has answered: the check itself has failed, going on without it", sys.stderr)
+        return 0
+    reason = "bad machines: " + ", ".join(f"{name} ({why})" for name, why in found.bad.items())
+    again = slurm.restart == "requeue" and restart < slurm.max_restarts and not everywhere
+    note(folder, "end", job, restart, ended=time.time(), reason=reason, saved=_newest_step(folder),
+         action="requeue" if again else "finish", code=int(ExitCode.INTERNAL), excluded=sorted(found.bad))
+    _say(f"{reason}; {_WORDS['requeue' if again else 'finish']}", sys.stderr)
+    if again:
+        earlier = [name for start in read_history(folder) if start.job == job for name in start.excluded]
+        print(",".join(dict.fromkeys([*slurm.exclude, *earlier])))
+    return 1
+
+
 def endpoint() -> int:
     """Print an address on this machine, with a port that is free now, for torchrun."""
     with socket.create_server(("", 0)) as probe:
@@ -169,8 +198,8 @@ def _newest_step(folder: RunFolder) -> int:
     return found[0].step if found else 0
 
 
-def _say(line: str) -> None:
-    print(f"[pretrain] {time.strftime('%Y-%m-%d %H:%M:%S')} {line}", flush=True)
+def _say(line: str, stream: TextIO | None = None) -> None:
+    print(f"[pretrain] {time.strftime('%Y-%m-%d %H:%M:%S')} {line}", file=stream, flush=True)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -183,6 +212,8 @@ def main(arguments: Sequence[str]) -> int:
     slurm = config.slurm
     if slurm is None:
         raise UserError(f"{frozen_config(folder)}: has no slurm section")
+    if command == "machines":
+        return machines(folder, slurm)
     if command == "nodes":
         print(usable_nodes(config, slurm, int(os.environ["SLURM_JOB_NUM_NODES"])))
         return 0

@@ -50,6 +50,8 @@ class Start:
     reached: int = 0
     """Furthest step known of it."""
     action: Action | None = None
+    excluded: tuple[str, ...] = ()
+    """Machines that this start found to be bad."""
 
 
 def starts_file(folder: RunFolder) -> Path:
@@ -71,6 +73,7 @@ def read_history(folder: RunFolder) -> list[Start]:
             if event == "begin":
                 starts[key] = Start(**row)
             elif key in starts:
+                row["excluded"] = tuple(row.get("excluded", starts[key].excluded))
                 starts[key] = replace(starts[key], **row)
         except (ValueError, KeyError, TypeError):
             continue

@@ -76,9 +76,10 @@ def render(job: Job, command: Sequence[str] | None = None) -> str:
         f"# Run {job.config.name} on {ranks}. Written by `pretrain slurm`: change the config, not this file.",
         *(f"#SBATCH --{option}" for option in _header(job)), "",
         "set -u", "", *_environment(job), "", *_helper(job), "", *_interruptions(job), "",
+        "logs=$run/slurm/log/$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}",
         "# What went before, and whether anything is left to do.",
         "facts | helper begin", "case $? in", "0) ;;", f"{NOTHING_TO_DO}) exit 0 ;;", "*) exit 1 ;;", "esac", "",
-        *_launch(job, command), "", *_afterwards(job)]
+        *_checks(job), *_launch(job, command), "", *_afterwards(job)]
     return "\n".join(lines) + "\n"
 
 
@@ -191,6 +192,27 @@ def _interruptions(job: Job) -> Iterator[str]:
     yield "trap 'interrupted TERM' TERM"
 
 
+def _checks(job: Job) -> Iterator[str]:
+    """Machines are looked at; where one is bad the job goes back into the queue without it."""
+    slurm = job.slurm
+    if slurm.checks == "off":
+        return
+    nodes = '"$SLURM_JOB_NUM_NODES"' if slurm.min_nodes else str(slurm.nodes)
+    yield "# Each machine looks at itself. A bad one is left out, and the job waits for another."
+    yield f"timeout --kill-after=10 {slurm.check_seconds} srun --export=ALL --mpi=none --wait=0 --distribution=block \\"
+    yield f"    --nodes={nodes} --ntasks={nodes} --ntasks-per-node=1 \\"
+    yield '    --output="$logs/machine-%N.log" --open-mode=append \\'
+    yield f'    {_python(job)} -m slurm.nodecheck "$run"'
+    yield "if ! bad=$(helper machines </dev/null); then"
+    if slurm.restart == "requeue":
+        yield "    trap '' USR1 TERM"
+        yield '    [ -n "$bad" ] && scontrol requeue "$SLURM_JOB_ID" &&'
+        yield '        scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$bad" && exit 0'
+    yield "    exit 1"
+    yield "fi"
+    yield ""
+
+
 def _launch(job: Job, command: Sequence[str] | None) -> Iterator[str]:
     slurm = job.slurm
     torchrun = slurm.launcher == "torchrun"
@@ -203,7 +225,6 @@ def _launch(job: Job, command: Sequence[str] | None) -> Iterator[str]:
     yield "# One task a machine, which starts its ranks." if torchrun else "# One task a rank."
     if torchrun:
         yield "endpoint=$(helper endpoint </dev/null) || exit 1"
-    yield "logs=$run/slurm/log/$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"
     yield "code=85"
     yield 'if [ -z "$asked" ]; then'
     yield f"    srun --export=ALL --mpi=none --kill-on-bad-exit=0 --wait={slurm.grace} --distribution=block \\"

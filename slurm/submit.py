@@ -61,7 +61,7 @@ def submit(loaded: LoadedConfig, place: Place, *, again: bool = False, command: 
 
 
 def await_end(number: str, timeout_s: float) -> str:
-    """The state of a job once it has ended, or as it is after `timeout_s` seconds; UNKNOWN to a queue that forgot it."""
+    """The state of a job once it has ended, or as it is after `timeout_s` seconds; UNKNOWN if the queue forgot it."""
     deadline = time.monotonic() + timeout_s
     while True:
         job = next((job for job in client.squeue() if job.id == number), None)

@@ -81,6 +81,10 @@ class SlurmConfig(Section):
                                                   "machine, which starts its ranks")
     save_before: int = Field(300, ge=10, le=86_400, description="seconds before the time limit at which ranks are "
                              "asked to save")
+    checks: Literal["off", "quick", "full"] = Field(
+        "quick", description="machines before ranks start: GPUs, memory errors, disk, clock; full: also a matrix "
+        "product and all-reduces; bad machines are left out and the job requeues")
+    check_seconds: int = Field(300, ge=10, le=3600, description="longest time of these checks")
     grace: int = Field(60, ge=1, le=3600, description="seconds that the others have to end once a rank has ended")
     restart: Literal["requeue", "chain", "never"] = Field(
         "requeue", description="requeue: the job puts itself back into the queue; chain: jobs submitted beforehand, "
