@@ -36,7 +36,7 @@ from pretrain.runfolder.status import Status
 from slurm.codes import NOTHING_TO_DO, REQUEUE
 from slurm.decide import decide, may_begin, outcome_of
 from slurm.facts import Facts, cause_of
-from slurm.history import Start, note, read_history, read_submissions
+from slurm.history import Action, Start, note, read_history, read_submissions
 from slurm.machines import SILENT, judge, read_results
 from slurm.nodecheck import results_dir
 from slurm.script import frozen_config
@@ -127,11 +127,15 @@ def machines(folder: RunFolder, slurm: SlurmConfig) -> int:
         _say("no machine has answered: the check itself has failed, going on without it", sys.stderr)
         return 0
     reason = "bad machines: " + ", ".join(f"{name} ({why})" for name, why in found.bad.items())
-    again = slurm.restart == "requeue" and restart < slurm.max_restarts and not everywhere
-    note(folder, "end", job, restart, ended=time.time(), reason=reason, saved=_newest_step(folder),
-         action="requeue" if again else "finish", code=int(ExitCode.INTERNAL), excluded=sorted(found.bad))
-    _say(f"{reason}; {_WORDS['requeue' if again else 'finish']}", sys.stderr)
-    if again:
+    action: Action = "finish"
+    if slurm.restart == "chain" and not everywhere:
+        action = "next"
+    elif slurm.restart == "requeue" and restart < slurm.max_restarts and not everywhere:
+        action = "requeue"
+    note(folder, "end", job, restart, ended=time.time(), reason=reason, saved=_newest_step(folder), action=action,
+         code=int(ExitCode.INTERNAL), excluded=sorted(found.bad))
+    _say(f"{reason}; {_WORDS[action]}", sys.stderr)
+    if action == "requeue":
         earlier = [name for start in read_history(folder) if start.job == job for name in start.excluded]
         print(",".join(dict.fromkeys([*slurm.exclude, *earlier])))
     return 1

@@ -203,13 +203,15 @@ def _checks(job: Job) -> Iterator[str]:
     yield f"    --nodes={nodes} --ntasks={nodes} --ntasks-per-node=1 \\"
     yield '    --output="$logs/machine-%N.log" --open-mode=append \\'
     yield f'    {_python(job)} -m slurm.nodecheck "$run"'
-    yield "if ! bad=$(helper machines </dev/null); then"
     if slurm.restart == "requeue":
+        yield "if ! bad=$(helper machines </dev/null); then"
         yield "    trap '' USR1 TERM"
         yield '    [ -n "$bad" ] && scontrol requeue "$SLURM_JOB_ID" &&'
         yield '        scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$bad" && exit 0'
-    yield "    exit 1"
-    yield "fi"
+        yield "    exit 1"
+        yield "fi"
+    else:
+        yield "helper machines </dev/null || exit 1"
     yield ""
 
 
