@@ -122,6 +122,20 @@ def peek(
 
 
 @app.command()
+def pack(
+    folder: DatasetArgument,
+    seq_len: Annotated[int, typer.Option(min=2, max=1_048_576, help="Tokens a sample: data.seq_len of the run.")],
+    split: Annotated[str, typer.Option(help="Split of the dataset.")] = "train",
+) -> None:
+    """Plan samples of whole documents by best fit, for runs with data.source.packing: best_fit."""
+    from data_prep.manifest import Manifest
+    from data_prep.packing import make_plan
+    plan = make_plan(Manifest.load(folder), split, seq_len)
+    typer.echo(f"{folder}: split {split} in {plan.samples:,} samples of {seq_len:,} tokens, {len(plan.pieces):,} "
+               f"pieces, {plan.padding:.2%} padding")
+
+
+@app.command()
 def merge(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Dataset folder to write.")],
     folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Datasets to join, in this order.")],

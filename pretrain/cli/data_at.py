@@ -64,6 +64,7 @@ def _sample(training: TrainingData, k: int, row: int, tokenizers: dict[Path, Tok
     """One row of a batch in plain values."""
     from pretrain.data.loader import read_rows
     from pretrain.data.mixture import MixtureSource
+    from pretrain.data.packed import PackedSource
     from pretrain.data.pairs import PairSource
     from pretrain.data.shards import ShardSource
     batch = read_rows(training.source, training.order, k, row, row + 1)
@@ -77,6 +78,8 @@ def _sample(training: TrainingData, k: int, row: int, tokenizers: dict[Path, Tok
     if isinstance(source, ShardSource):
         start = window * source.stride
         sample |= {"tokens": [start, start + source.seq_len - 1], "documents": source.provenance(window)}
+    if isinstance(source, PackedSource):
+        sample["documents"] = source.provenance(window)
     sides = [""]
     if isinstance(source, PairSource):
         sample["documents"], sides = source.provenance(window), ["query_", "positive_"]
@@ -95,9 +98,8 @@ def _decode(source: SampleSource, ids: list[int], tokenizers: dict[Path, Tokeniz
     """Text of the ids, or the ids where the dataset has no tokenizer; `tokenizers` keeps those loaded."""
     from data_prep.manifest import TOKENIZER
     from data_prep.tokenizer import load_tokenizer
-    from pretrain.data.pairs import PairSource
-    from pretrain.data.shards import ShardSource
-    if not isinstance(source, ShardSource | PairSource) or source.manifest.tokenizer_sha256 is None:
+    from pretrain.data.stored import StoredSplit
+    if not isinstance(source, StoredSplit) or source.manifest.tokenizer_sha256 is None:
         return " ".join(map(str, ids))
     path = source.manifest.folder / TOKENIZER
     if path not in tokenizers:

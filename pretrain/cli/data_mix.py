@@ -91,6 +91,7 @@ def mix_of(config: RunConfig) -> tuple[int, list[Part]]:
 def _samples(source: SourceConfig, config: RunConfig) -> int | None:
     """Samples of a source, from what its manifest says; None where it has no end."""
     from data_prep.manifest import Manifest
+    from data_prep.packing import load_plan
     from pretrain.config.plan import windows
     from pretrain.config.source import PairsConfig, ShardsConfig, SyntheticConfig
     if isinstance(source, SyntheticConfig):
@@ -100,6 +101,8 @@ def _samples(source: SourceConfig, config: RunConfig) -> int | None:
     manifest = Manifest.read(Path(source.path))
     manifest.require("documents" if isinstance(source, ShardsConfig) else "pairs")
     split = manifest.split(source.split)
+    if isinstance(source, ShardsConfig) and source.packing == "best_fit":
+        return load_plan(manifest, source.split, config.data.seq_len).samples
     return (windows(split.tokens, config.data.seq_len, config.data.stride) if isinstance(source, ShardsConfig)
             else split.docs)
 

@@ -52,6 +52,10 @@ def training_samples(config: RunConfig) -> tuple[int | None, str]:
         return None, f"{name}, which the dataset lacks"
     if isinstance(source, PairsConfig):
         return record.docs, f"{name}, {record.docs:,} pairs"
+    if source.packing == "best_fit":
+        from data_prep.packing import load_plan
+        plan = load_plan(Manifest.read(Path(source.path)), source.split, config.data.seq_len)
+        return plan.samples, f"{name}, {record.tokens:,} tokens, packed with {plan.padding:.2%} padding"
     return windows(record.tokens, config.data.seq_len, config.data.stride), f"{name}, {record.tokens:,} tokens"
 
 

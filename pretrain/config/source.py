@@ -44,6 +44,8 @@ class ShardsConfig(SourceConfig):
     kind: Literal["shards"] = "shards"
     path: str = Field(description="dataset folder written by `pretrain prep`")
     split: str = Field("train", description="split of the dataset")
+    packing: Literal["none", "best_fit"] = Field("none", description="none: windows of the token stream; best_fit: "
+                                                 "whole documents by a plan of `pretrain data pack`")
     verify: Literal["full", "touch", "off", "auto"] = Field(
         "auto", description="full: hash all shards before the first step; touch: each at first use; auto: full to 2 GB")
 

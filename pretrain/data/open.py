@@ -102,7 +102,7 @@ def check_tokens(source: object, key: str, config: RunConfig, *, like: object, l
 def open_validation(config: RunConfig) -> SampleSource | None:
     """The source of `data.validation`, else split `val` of the training dataset or needles, else None.
 
-    Windows do not overlap, whatever `data.stride` says of training: each token is counted once.
+    Windows do not overlap, whatever `data.stride` and packing say of training: each token is counted once.
     """
     data = config.data.model_copy(update={"stride": None})
     training = data.source
@@ -113,7 +113,8 @@ def open_validation(config: RunConfig) -> SampleSource | None:
         return validation
     if isinstance(training, NeedleConfig) or (isinstance(training, ShardsConfig | PairsConfig)
                                               and VALIDATION_SPLIT in Manifest.load(training.path).splits):
-        return open_source(training.model_copy(update={"split": VALIDATION_SPLIT}), data)
+        windows = {"packing": "none"} if isinstance(training, ShardsConfig) else {}
+        return open_source(training.model_copy(update={"split": VALIDATION_SPLIT, **windows}), data)
     return None
 
 

@@ -161,13 +161,20 @@ class ShardSource(StoredSplit[_Opened]):
         return found
 
 
-def open_shards(config: ShardsConfig, data: DataConfig) -> ShardSource:
-    """Open a dataset folder as windows of `data.seq_len`.
+def open_shards(config: ShardsConfig, data: DataConfig) -> StoredSplit[Any]:
+    """Open a dataset folder as windows of `data.seq_len`, or as samples of a packing plan of that length.
 
     Sizes of all files and hashes of manifest, tables and tokenizer are checked at once, the content of the shards as
     `config.verify` says.
 
-    Raises UserError where there is no dataset or split, DataCorruption naming the first file found wrong.
+    Raises UserError where there is no dataset, split or plan, DataCorruption naming the first file found wrong.
     """
-    return ShardSource(Manifest.load(Path(config.path)), config.split, seq_len=data.seq_len, stride=data.stride,
+    from pretrain.data.packed import PackedSource
+    manifest = Manifest.load(Path(config.path))
+    if config.packing == "best_fit":
+        if data.stride is not None or not data.document_masking:
+            raise UserError("data.source.packing: samples of a plan hold whole documents; leave data.stride out and "
+                            "data.document_masking on")
+        return PackedSource(manifest, config.split, seq_len=data.seq_len, verify=config.verify)
+    return ShardSource(manifest, config.split, seq_len=data.seq_len, stride=data.stride,
                        document_masking=data.document_masking, verify=config.verify)
