@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from pretrain.cli import slurm_graph
 from pretrain.cli.options import (
     ConfigArgument,
     JsonOption,
@@ -20,6 +21,9 @@ from pretrain.cli.options import (
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None,
                   help="The run of a config as a job of a cluster: render, submit, watch, cancel.")
+app.command()(slurm_graph.pipeline)
+app.command()(slurm_graph.sweep)
+app.command("eval-new")(slurm_graph.eval_new)
 TARGET = "Run folder, config, preset, or number of a job."
 
 
