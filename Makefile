@@ -14,6 +14,7 @@ help:
 	@echo "make slurm-deps the packages slurm-wlm and munge, for a throw-away cluster in tests (root, Debian)"
 	@echo "make test-slurm jobs, faults and restarts on that cluster; skipped where it is not installed"
 	@echo "make bench      measurements; results are kept in benchmarks/results"
+	@echo "make faults     110 kills at random moments; the record is kept in benchmarks/results"
 
 install: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
@@ -44,6 +45,9 @@ test-slurm: install
 
 bench: install
 	$(BIN)/python -P -m benchmarks
+
+faults: install
+	$(BIN)/python -P -m benchmarks.faults
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache

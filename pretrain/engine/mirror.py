@@ -30,7 +30,7 @@ class Mirror:
     def __init__(self, folder: RunFolder, config: MirrorConfig) -> None:
         self._folder = folder
         self._config = config
-        self._waiting: tuple[CheckpointRef, int, contextlib.ExitStack] | None = None
+        self._waiting: tuple[CheckpointRef | None, int, contextlib.ExitStack] | None = None
         self._changed = threading.Condition()
         self._closing = False
         self._abandon = threading.Event()
@@ -56,6 +56,10 @@ class Mirror:
         except FileNotFoundError as error:  # whoever took the run over meanwhile did not keep it
             _log.warning("[DRIVE BACKUP] checkpoint #%d is not copied: %s", number, error)
             return
+        self._wait_for(ref, number, pin)
+
+    def _wait_for(self, ref: CheckpointRef | None, number: int, pin: contextlib.ExitStack) -> None:
+        """Let the thread copy `ref` (None: the small files only) next."""
         with self._changed:
             if self._waiting is not None:
                 _, passed, old = self._waiting
@@ -66,10 +70,16 @@ class Mirror:
             self._changed.notify()
 
     def catch_up(self, ref: CheckpointRef, number: int) -> None:
-        """Copy the checkpoint of save `number`, where the process that wrote it was killed before it had."""
+        """Copy the checkpoint of save `number`, where the process that wrote it was killed before it had.
+
+        One that is there was proven when it was made: then only the small files are copied, and what a kill left of
+        them is removed.
+        """
         copy = RunFolder(Path(self._config.path) / self._folder.root.resolve().name)
         if not copy.final_checkpoint(ref.step, ref.fence).path.exists():
             self.offer(ref, number)
+        elif number % self._config.every == 0:
+            self._wait_for(None, number, contextlib.ExitStack())
 
     def close(self, wait_s: float) -> None:
         """Wait up to `wait_s` seconds for what was offered; what is not finished then is abandoned, and said so."""
@@ -92,12 +102,13 @@ class Mirror:
             with pin:
                 self._copy(ref, number)
 
-    def _copy(self, ref: CheckpointRef, number: int) -> None:
+    def _copy(self, ref: CheckpointRef | None, number: int) -> None:
         for attempt in range(1, _TRIES + 1):
             try:
                 target = back_up(self._folder, ref, Path(self._config.path), self._abandon.is_set)
-                _log.info("[DRIVE BACKUP] Checkpoint #%d -> %s", number,
-                          target.final_checkpoint(ref.step, ref.fence).path)
+                if ref is not None:
+                    _log.info("[DRIVE BACKUP] Checkpoint #%d -> %s", number,
+                              target.final_checkpoint(ref.step, ref.fence).path)
                 self._failed_in_a_row = 0
                 return
             except Abandoned:

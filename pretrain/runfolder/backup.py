@@ -61,10 +61,10 @@ def back_up(folder: RunFolder, ref: CheckpointRef | None, destination: Path,
     _remove_leftovers(target)
     if ref is not None:
         with pinned(ref):
-            copy = _copy_checkpoint(ref, target, abandon)
-        newest = max(target.published(), key=lambda other: (other.fence, other.step))
-        if newest == copy:
-            target.write_pointer(LATEST, copy)
+            _copy_checkpoint(ref, target, abandon)
+    newest = max(target.published(), key=lambda other: (other.fence, other.step), default=None)
+    if newest is not None:  # also one whose copier was killed before it pointed at it
+        target.write_pointer(LATEST, newest)
     copy_records(folder, target)
     status = Status.read(folder)
     if status is not None:
@@ -81,12 +81,12 @@ def _same_run(folder: RunFolder, target: RunFolder) -> None:
                             "choose another folder")
 
 
-def _copy_checkpoint(ref: CheckpointRef, target: RunFolder, abandon: Callable[[], bool]) -> CheckpointRef:
+def _copy_checkpoint(ref: CheckpointRef, target: RunFolder, abandon: Callable[[], bool]) -> None:
     manifest = Manifest.read(ref.path)
     copy = target.final_checkpoint(ref.step, ref.fence)
     if copy.path.exists():
         _stands_already(ref, copy)
-        return copy
+        return
     require_space(target.checkpoints_dir, sum(entry.bytes for entry in manifest.files.values()))
     temporary = copy.path.with_name(f"{COPYING}{socket.gethostname()}-{os.getpid()}-{copy.path.name}")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -105,7 +105,6 @@ def _copy_checkpoint(ref: CheckpointRef, target: RunFolder, abandon: Callable[[]
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    return copy
 
 
 def _stands_already(ref: CheckpointRef, copy: CheckpointRef) -> None:

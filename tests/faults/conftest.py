@@ -11,7 +11,7 @@ pytest.register_assert_rewrite("tests.faults.harness", "tests.cli.tiny_run")
 
 from tests.cli.tiny_run import make_dataset  # noqa: E402
 from tests.cli.warm import Warm  # noqa: E402
-from tests.faults.harness import Case, Outcome, write_config  # noqa: E402
+from tests.faults.harness import Case, Outcome, new_case  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -41,10 +41,3 @@ def undisturbed(forking: Warm, fault_dataset: Path, tmp_path_factory: pytest.Tem
 def case(forking: Warm, fault_dataset: Path, tmp_path: Path) -> Case:
     """The same run, not started yet."""
     return new_case(forking, fault_dataset, tmp_path)
-
-
-def new_case(warm: Warm, dataset: Path, folder: Path) -> Case:
-    """A working folder with `tiny.yaml` and the dataset as `set`."""
-    (folder / "set").symlink_to(dataset)
-    write_config(folder)
-    return Case(warm, folder)

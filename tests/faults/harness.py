@@ -15,12 +15,12 @@ import yaml
 from pretrain.engine.shards import open_shards
 from pretrain.errors import DataCorruption
 from pretrain.runfolder.layout import CheckpointRef, RunFolder
-from pretrain.runfolder.publish import READERS, Manifest
-from pretrain.runfolder.retention import live_pins
+from pretrain.runfolder.publish import Manifest
 from pretrain.runfolder.whole import newest_whole
 from tests.cli.tiny_run import CONFIG, checkpoints, losses, rows, status
 from tests.cli.warm import Forked, Warm
 from tests.faults.inject import RANKS, REACHED, Point, Victim, statements
+from tests.faults.traces import leftovers
 
 COUNTERS = {"saves", "restarts"}
 """What a restart may change in the stored state."""
@@ -153,11 +153,8 @@ def weights(ref: CheckpointRef) -> str:
     return digest.hexdigest()
 
 
-def leftovers(root: Path) -> list[str]:
-    """Temporary files under a run folder, and pins of readers that are gone."""
-    found = [str(path.relative_to(root)) for path in root.rglob(".*") if path.name != READERS]
-    for path in root.glob(f"checkpoints/step-*/{READERS}"):
-        ref = CheckpointRef.parse(path.parent)
-        assert ref is not None
-        found += [str(pin.relative_to(root)) for pin in path.iterdir() if pin not in live_pins(ref)]
-    return sorted(set(found))
+def new_case(warm: Warm, dataset: Path, folder: Path, *sets: str) -> Case:
+    """A working folder with `tiny.yaml` and the dataset as `set`."""
+    (folder / "set").symlink_to(dataset)
+    write_config(folder)
+    return Case(warm, folder, *sets)

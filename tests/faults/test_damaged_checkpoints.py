@@ -12,8 +12,7 @@ import pytest
 
 from tests.cli.tiny_run import status
 from tests.cli.warm import Warm
-from tests.faults.conftest import new_case
-from tests.faults.harness import Case, Outcome
+from tests.faults.harness import Case, Outcome, new_case
 from tests.faults.points import BY_NAME
 
 pytestmark = pytest.mark.slow

@@ -13,8 +13,7 @@ import pytest
 
 from tests.cli.tiny_run import losses, make_dataset, status
 from tests.cli.warm import Warm
-from tests.faults.conftest import new_case
-from tests.faults.harness import Case, Outcome
+from tests.faults.harness import Case, Outcome, new_case
 from tests.faults.inject import Point
 
 pytestmark = pytest.mark.slow

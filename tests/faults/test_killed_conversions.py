@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.warm import Warm
-from tests.faults.conftest import new_case
-from tests.faults.harness import Case, Outcome
+from tests.faults.harness import Case, Outcome, new_case
 from tests.faults.inject import Point, Victim
 from tests.faults.points import BY_NAME
 
