@@ -60,7 +60,7 @@ def kill_engine(base: Path, seed: int, kills: int, say: Callable[[str], None] = 
         expected = whole.outcome()
         while report.kills < kills:
             draw = random.Random(f"{seed}/{report.lives}")
-            background = draw.random() < 0.5
+            background = report.lives % 2 == 1
             case = new_case(warm, dataset, _folder(base), f"checkpoint.async_save={str(background).lower()}")
             _live(case, draw, whole_s, report, kills, say)
             case.finish()
