@@ -16,7 +16,8 @@ from typing import Any
 
 import psutil
 
-from tests.cli.tiny_run import make_dataset, status
+from pretrain.runfolder.status import Status
+from tests.cli.tiny_run import make_dataset
 from tests.cli.warm import Forked, Warm
 from tests.faults.harness import Case, new_case
 from tests.faults.traces import leftovers
@@ -82,7 +83,7 @@ def _live(case: Case, draw: random.Random, whole_s: float, report: EngineReport,
           say: Callable[[str], None]) -> None:
     """Start and kill until the run is done or there were enough kills."""
     newest = 0
-    while report.kills < kills and not (case.root.exists() and status(case.root).state == "done"):
+    while report.kills < kills and not _done(case):
         victim = draw.choice(VICTIMS)
         run = case.start()
         time.sleep(draw.uniform(0.0, whole_s))
@@ -103,6 +104,12 @@ def _live(case: Case, draw: random.Random, whole_s: float, report: EngineReport,
             say(f"kill {report.kills}: {victim}, newest {found}")
         else:
             run.wait(120)
+
+
+def _done(case: Case) -> bool:
+    """Whether the run has reached its end. A start that was killed early has left no status."""
+    found = Status.read(case.run_folder) if case.root.exists() else None
+    return found is not None and found.state == "done"
 
 
 def _ranks(run: Forked) -> list[psutil.Process]:
