@@ -213,15 +213,17 @@ class Manifest(Section):
             raise DataCorruption(problems[0] + more)
         return manifest
 
-    def problems(self) -> list[str]:
-        """Every fault that shows without reading shards: tokenizer, tables, missing files, wrong sizes."""
+    def problems(self, shards: bool = True) -> list[str]:
+        """Every fault that shows without reading shards: tokenizer, tables and, with `shards`, missing or wrong sizes.
+
+        """
         found = []
         if self.tokenizer_sha256 is not None:
             found += _hash_problem(self.folder / TOKENIZER, self.tokenizer_sha256, "another tokenizer")
         for name, record in self.splits.items():
             table = self.folder / record.table
             fault = _hash_problem(table, record.table_sha256, "changed bytes or a foreign manifest")
-            found += fault or self._size_problems(name, record)
+            found += fault or (self._size_problems(name, record) if shards else [])
         return found
 
     def _size_problems(self, name: str, record: SplitRecord) -> list[str]:

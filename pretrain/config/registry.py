@@ -35,6 +35,7 @@ OBJECTIVES: dict[str, str] = {
 }
 SOURCE_SCHEMAS: dict[str, str] = {
     "shards": "pretrain.config.source:ShardsConfig",
+    "remote": "pretrain.config.source:RemoteConfig",
     "pairs": "pretrain.config.source:PairsConfig",
     "mixture": "pretrain.config.source:MixtureConfig",
     "synthetic": "pretrain.config.source:SyntheticConfig",
@@ -42,6 +43,7 @@ SOURCE_SCHEMAS: dict[str, str] = {
 }
 SOURCES: dict[str, str] = {
     "shards": "pretrain.data.shards:open_shards",
+    "remote": "pretrain.data.remote_shards:open_remote",
     "pairs": "pretrain.data.pairs:open_pairs",
     "mixture": "pretrain.data.mixture:open_mixture",
     "synthetic": "pretrain.data.synthetic:open_synthetic",

@@ -50,6 +50,19 @@ class ShardsConfig(SourceConfig):
         "auto", description="full: hash all shards before the first step; touch: each at first use; auto: full to 2 GB")
 
 
+class RemoteConfig(SourceConfig):
+    """Windows of a prepared dataset that lies elsewhere; shards are fetched when they are first needed."""
+
+    changeable: ClassVar[frozenset[str]] = frozenset({"url", "cache", "cache_bytes"})
+
+    kind: Literal["remote"] = "remote"
+    url: str = Field(pattern=r"^(https?://|pipe:).+", description="http(s) address of the dataset folder, or pipe: and "
+                     "a command with {name} whose output is the file of that name")
+    cache: str = Field(description="local folder that files are fetched to; one for each dataset")
+    cache_bytes: int = Field(100_000_000_000, ge=1, description="shards kept there at most, in bytes")
+    split: str = Field("train", description="split of the dataset")
+
+
 class PairsConfig(SourceConfig):
     """Pairs of a prepared dataset: query, positive and negatives, padded."""
 

@@ -30,7 +30,7 @@ DOC_COLUMNS = 5
 
 
 @dataclass(frozen=True, slots=True)
-class _Opened:
+class OpenedShard:
     """What the inner loop needs of a mapped shard: the whole tar as tokens and as document rows, and where to look."""
 
     reader: ShardReader
@@ -40,14 +40,15 @@ class _Opened:
     """[blocks, 4]: first token, tokens, first number of the document table, documents; in items of the two views."""
 
     @classmethod
-    def of(cls, reader: ShardReader, dtype: np.dtype[Any]) -> _Opened:
+    def of(cls, reader: ShardReader, dtype: np.dtype[Any]) -> OpenedShard:
+        """The views of a mapped shard whose tokens have this type."""
         rows = np.stack([reader.rows["tokens_offset"] // dtype.itemsize, reader.rows["tokens"],
                          reader.rows["docs_offset"] // 8, reader.rows["docs"]], axis=1).astype(np.int64)
         # An npy payload in a tar begins at a multiple of 64 bytes, so that items line up in both views.
         return cls(reader, np.frombuffer(reader.data, dtype), np.frombuffer(reader.data, "<i8"), rows)
 
 
-class ShardSource(StoredSplit[_Opened]):
+class ShardSource(StoredSplit[OpenedShard]):
     """The windows of one split as samples."""
 
     def __init__(self, manifest: Manifest, split: str, *, seq_len: int, stride: int | None = None,
@@ -138,8 +139,8 @@ class ShardSource(StoredSplit[_Opened]):
             if block == len(opened.rows):
                 shard, block = shard + 1, 0
 
-    def _map(self, tar_path: Path) -> _Opened:
-        return _Opened.of(ShardReader(tar_path), self._dtype)
+    def _map(self, tar_path: Path) -> OpenedShard:
+        return OpenedShard.of(ShardReader(tar_path), self._dtype)
 
     def provenance(self, sample_id: int) -> list[dict[str, Any]]:
         """Where each document that a window holds tokens of came from, in the order of the window."""

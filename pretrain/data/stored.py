@@ -65,6 +65,11 @@ class StoredSplit(ABC, Generic[Opened]):
             for shard in range(self.split.n_shards):
                 self._verify(shard)
 
+    @property
+    def _max_open(self) -> int:
+        """Shards that stay mapped."""
+        return MAX_OPEN_SHARDS
+
     def _verify(self, shard: int) -> None:
         """Compare a shard with its recorded hash. Raises DataCorruption naming the file."""
         problem = verify_shard(self.split.tar_path(shard), self.split.table[shard], self.manifest.layout)
@@ -79,9 +84,9 @@ class StoredSplit(ABC, Generic[Opened]):
             if not self._trusted[shard]:
                 self._verify(shard)
             opened = self._open[shard] = self._map(self.split.tar_path(shard))
-            if len(self._open) > MAX_OPEN_SHARDS:
+            if len(self._open) > self._max_open:
                 self._open.popitem(last=False)
-        elif self.split.n_shards > MAX_OPEN_SHARDS:
+        elif self.split.n_shards > self._max_open:
             self._open.move_to_end(shard)
         return opened
 
