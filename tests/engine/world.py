@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 Case = Callable[..., Any]
 
 
-def launch_cases(module: str, nproc: int, folder: Path, timeout_s: float = 280.0) -> dict[str, Any]:
+def launch_cases(module: str, nproc: int, folder: Path, timeout_s: float = 600.0) -> dict[str, Any]:
     """Run `module` as `nproc` ranks. Returns rank 0's results by case name; a case that failed holds {"error": ...}."""
     listener = _listen(None)
     environment = dict(os.environ, OMP_NUM_THREADS="1", MASTER_ADDR="127.0.0.1", WORLD_SIZE=str(nproc),
