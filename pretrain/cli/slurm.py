@@ -117,6 +117,30 @@ def status(target: Annotated[str, typer.Argument(help=TARGET)], as_json: JsonOpt
         typer.echo(f"start {number:<4}job {start.job}.{start.restart} on {start.nodes}, from step {start.step} {end}")
 
 
+@app.command()
+def machines(target: Annotated[str, typer.Argument(help=TARGET)], as_json: JsonOption = False) -> None:
+    """Seconds a step by machine, the one that the others wait for first."""
+    from dataclasses import asdict
+
+    from slurm import client
+    from slurm.history import read_history
+    from slurm.show import run_folder
+    from slurm.stragglers import by_machine, read_times
+    folder = run_folder(target, client.squeue() if target.isdigit() else [])
+    history = read_history(folder)
+    found = by_machine(read_times(folder), history[-1].step if history else 0)
+    if as_json:
+        typer.echo(json.dumps([asdict(machine) for machine in found], indent=2))
+        return
+    for machine in found:
+        mark = "  straggler" if machine.straggles else ""
+        typer.echo(f"{machine.node:<16}{machine.ranks:3d} ranks  data {machine.data:.3f} s  "
+                   f"forward {machine.forward:.3f} s  backward and step {machine.shared:.3f} s  "
+                   f"{machine.over_median:.2f} x the median{mark}")
+    if not found:
+        typer.echo(f"{folder.root}: its ranks have left no times yet")
+
+
 @app.command("list")
 def list_jobs(ended: Annotated[bool, typer.Option("--all", help="Those that ended not long ago, too.")] = False,
               as_json: JsonOption = False) -> None:

@@ -18,11 +18,12 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 from pretrain.engine.claim import Claim
+from pretrain.engine.preflight import node_name
 from pretrain.engine.trainer import Trainer
 from pretrain.errors import DataCorruption, ExitCode
 from pretrain.runfolder.layout import RunFolder
@@ -72,16 +73,19 @@ def watching(trainer: Trainer, claim: Claim) -> contextlib.AbstractContextManage
         return Place(trainer.state.k, trainer.state.step, clock.moves + trainer.engine.forwards + waits, clock.current,
                      keeper.progress)
 
-    return Watch(claim.folder, fence, world.rank, world.size, timeout_s, where).watching()
+    return Watch(claim.folder, fence, world.rank, world.size, timeout_s, where,
+                 trainer.reporter.clock.totals).watching()
 
 
 class Watch:
     """The watching thread of one rank."""
 
     def __init__(self, folder: RunFolder, fence: int, rank: int, size: int, timeout_s: float,
-                 where: Callable[[], Place]) -> None:
+                 where: Callable[[], Place], seconds: Mapping[str, float] | None = None) -> None:
+        """`seconds`: time spent per phase so far, kept up to date by the training thread."""
         self._folder, self._rank, self._size, self._timeout_s, self._where = folder, rank, size, timeout_s, where
         self._fence = fence
+        self._seconds = seconds
         self._beats = folder.heartbeat_dir(fence)
         self._stacks = folder.hang_dir(fence)
         self._every = min(10.0, timeout_s / 10)
@@ -108,8 +112,9 @@ class Watch:
             if self._fired.is_set():  # what this rank fails of now is the end of the others
                 threading.Event().wait()
             thread.join()
-            with contextlib.suppress(OSError):  # a disk that refuses it may be what the run ends of
-                self._file(self._rank).unlink()
+            for path in (self._file(self._rank), self._times_file()):
+                with contextlib.suppress(OSError):  # a disk that refuses it may be what the run ends of
+                    path.unlink()
 
     def _run(self) -> None:
         while not self._stop.wait(self._every):
@@ -126,12 +131,18 @@ class Watch:
     def _file(self, rank: int) -> Path:
         return self._beats / f"rank-{rank}.json"
 
+    def _times_file(self) -> Path:
+        return self._beats / f"times-{self._rank}.json"
+
     def _write(self) -> None:
         self._beat += 1
         place = self._where()
         temporary = self._file(self._rank).with_suffix(".tmp")
         temporary.write_text(json.dumps([self._beat, *astuple(place)]))
         os.replace(temporary, self._file(self._rank))
+        if self._seconds is not None:
+            temporary.write_text(json.dumps({"node": node_name(), "step": place.step, "seconds": dict(self._seconds)}))
+            os.replace(temporary, self._times_file())
 
     def _hang(self, now: float) -> str | None:
         """The line to end with, None while all is well."""

@@ -21,6 +21,8 @@ class TimeShares:
         """`timer` returns seconds."""
         self._timer = timer
         self._seconds = dict.fromkeys(PHASES, 0.0)
+        self.totals = dict.fromkeys(PHASES, 0.0)
+        """Seconds per phase since the start, as of the last change of phase; may be read from another thread."""
         self._stack = ["other"]
         self.moves = 0
         """Phases entered and left so far: ranks that do the same work count alike."""
@@ -48,6 +50,7 @@ class TimeShares:
     def _charge(self) -> None:
         now = self._timer()
         self._seconds[self._stack[-1]] += now - self._mark
+        self.totals[self._stack[-1]] += now - self._mark
         self._mark = now
 
     def _interrupt(self, error: BaseException, name: str) -> None:

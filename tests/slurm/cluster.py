@@ -190,12 +190,14 @@ def payload_config(folder: Path, steps: int, *, every: int = 10, name: str = "ru
     return load_run_config(path)
 
 
-def submitted(cluster: Cluster, folder: Path, loaded: LoadedConfig, monkeypatch: Any, *, payload: bool = True) -> Trial:
-    """Submit through the project's own code."""
+def submitted(cluster: Cluster, folder: Path, loaded: LoadedConfig, monkeypatch: Any, *, payload: bool = True,
+              command: Sequence[str] | None = None) -> Trial:
+    """Submit through the project's own code. Ranks run the payload, else `command`, else `pretrain train`."""
     for name in ("PATH", "SLURM_CONF"):
         monkeypatch.setenv(name, cluster.environment[name])
     root = folder / "runs" / loaded.config.name
-    command: Sequence[str] | None = [str(PAYLOAD), str(root / "slurm/config.yaml")] if payload else None
+    if payload and command is None:
+        command = [str(PAYLOAD), str(root / "slurm/config.yaml")]
     job, numbers = submit(loaded, Place(folder, sys.executable), command=command)
     assert Path(job.root) == root
     return Trial(cluster, loaded, root, numbers)

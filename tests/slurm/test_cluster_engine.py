@@ -14,6 +14,7 @@ from pretrain.monitor.rows import read_metrics
 from pretrain.runfolder.layout import RunFolder
 from pretrain.runfolder.publish import Manifest
 from pretrain.runfolder.status import Status
+from slurm.stragglers import by_machine, read_times
 from tests.slurm.cluster import ROOT, Cluster, Trial, payload_config, submitted, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.launch, pytest.mark.timeout(500)]
@@ -64,6 +65,36 @@ def test_four_nodes_train_as_four_local_processes_do(cluster: Cluster, tmp_path:
     for number in range(4):
         assert f"n{number + 1}: rank {number}, 1 x cpu" in log
     assert list((trial.root / "slurm/meeting").iterdir()) == []
+
+
+SLOW_LOADER = """
+import os, runpy, sys, time
+from pretrain.data.loader import UpdateLoader
+if os.environ.get("SLURMD_NODENAME") == "n2":
+    read = UpdateLoader.__next__
+    def slowly(loader):
+        time.sleep(0.3)
+        return read(loader)
+    UpdateLoader.__next__ = slowly
+sys.argv = ["pretrain", "train", sys.argv[1]]
+runpy.run_module("pretrain.cli.main", run_name="__main__")
+"""
+
+
+def test_a_machine_with_a_slow_loader_is_found(cluster: Cluster, tmp_path: Path,
+                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "slow.py").write_text(SLOW_LOADER)
+    loaded = payload_config(tmp_path, 400, every=1000, nodes=3)
+    values = loaded.config.model_copy(update={"launch": loaded.config.launch.model_copy(update={"hang_timeout": 20.0})})
+    loaded = LoadedConfig(values, {**loaded.values, "launch": {**loaded.values["launch"], "hang_timeout": 20.0}},
+                          loaded.origins)
+    command = [str(tmp_path / "slow.py"), str(tmp_path / "runs/run/slurm/config.yaml")]
+    trial = submitted(cluster, tmp_path, loaded, monkeypatch, command=command)
+    until(lambda: trial.step() >= 20 and len(read_times(trial.folder)) == 3, 150)
+    found = by_machine(read_times(trial.folder), 0)
+    assert [machine.node for machine in found if machine.straggles] == ["n2"]
+    assert found[0].data > 0.25
+    assert max(machine.data for machine in found[1:]) < 0.1
 
 
 def test_torchrun_on_each_machine(cluster: Cluster, tmp_path: Path, local: list[tuple[int, float]],
