@@ -1,8 +1,8 @@
 """The terms of the time of a step (`pretrain estimate --gpu`), each beside what this CPU takes for it.
 
 Hardware's figures are measured first, by operations that are none of training: a matrix product, a copy, an all-reduce,
-a file. Then each term of a real model is measured alone: forward and backward, AdamW with clipping, an all-reduce of the
-gradients, a checkpoint's bytes. A ratio is measured over predicted; that of compute is 1 / efficiency.
+a file. Then each term of a real model is measured alone: forward and backward, AdamW with clipping, an all-reduce of
+the gradients, a checkpoint's bytes. A ratio is measured over predicted; that of compute is 1 / efficiency.
 """
 
 from __future__ import annotations
