@@ -5,14 +5,18 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import socket
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pretrain.monitor.environment import describe_environment
+
+if TYPE_CHECKING:
+    from pretrain.engine.distributed import World
 
 RESULTS = Path(__file__).parent / "results"
 PAIRS = 10
@@ -84,10 +88,22 @@ def cpu_seconds(work: Callable[[], object]) -> float:
 
 
 def wall_seconds(work: Callable[[], object]) -> float:
-    """Wall time of one call."""
+    """Wall time of one call, without that of freeing what it returns."""
     start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
+    result = work()
+    seconds = time.perf_counter() - start
+    del result
+    return seconds
+
+
+def lone_world() -> World:
+    """A world of this process alone."""
+    from pretrain.engine.distributed import join
+    from pretrain.engine.ranks import RankEnvironment
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return join(RankEnvironment(0, 0, 1, "127.0.0.1", port), timeout_s=60.0)
 
 
 def machine() -> dict[str, Any]:

@@ -12,7 +12,6 @@ Seconds of a step, in pairs whose order alternates; a ratio is of one pair's own
 from __future__ import annotations
 
 import os
-import socket
 import statistics
 import tempfile
 import time
@@ -25,14 +24,13 @@ import torch
 import yaml
 from rich.console import Console
 
-from benchmarks.harness import Summary, cpu_seconds, write_results
+from benchmarks.harness import Summary, cpu_seconds, lone_world, write_results
 from data_prep.manifest import Manifest, write_manifest
 from data_prep.shards import ShardWriter, token_dtype
 from pretrain.config.load import load_run_config
 from pretrain.data.batch import Batch
 from pretrain.engine.claim import claim_run
-from pretrain.engine.distributed import World, join
-from pretrain.engine.ranks import RankEnvironment
+from pretrain.engine.distributed import World
 from pretrain.engine.setup import prepare
 from pretrain.engine.trainer import Trainer
 from pretrain.models.baseline.family import FAMILY
@@ -46,7 +44,7 @@ MODEL = {"family": "baseline", "body": "llama", "vocab_size": VOCAB, "hidden_siz
 def main() -> None:
     """Run the rounds and keep the results."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    world = _world()
+    world = lone_world()
     with tempfile.TemporaryDirectory() as folder:
         trainer = _trainer(Path(folder), world)
         batches = [next(trainer.loader).micro_batches[0] for _ in range(ROUNDS + 1)]
@@ -67,13 +65,6 @@ def main() -> None:
     for name, value in results.items():
         print(f"{name}: {value}")
     write_results("step_overhead", results)
-
-
-def _world() -> World:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    return join(RankEnvironment(0, 0, 1, "127.0.0.1", port), timeout_s=60.0)
 
 
 def _trainer(folder: Path, world: World) -> Trainer:
