@@ -141,4 +141,5 @@ def evaluated(world: World, folder: Path) -> dict[str, Any]:
 
 
 EVERYWHERE = {"sequence_parallel": sequence_parallel, "afrb_needles": needles}
-CASES = {**EVERYWHERE, "afrb_frozen_map": frozen_map, "afrb_built_in_parts": built_in_parts}
+CASES = {**EVERYWHERE, "afrb_frozen_map": frozen_map, "afrb_built_in_parts": built_in_parts,
+         "afrb_evaluated": evaluated}
