@@ -68,7 +68,8 @@ def _proportional(process: psutil.Process) -> tuple[int, int]:
 def peak(command: list[str]) -> tuple[float, float, float]:
     """(MB, anonymous MB) at the peaks of a command and its children, and its seconds."""
     started = time.monotonic()
-    process = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    said = tempfile.TemporaryFile()  # a pipe that nobody reads would stop a command that says much  # noqa: SIM115
+    process = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=said)
     most, most_anonymous = 0, 0
     while process.poll() is None:
         total = anonymous = 0
@@ -81,8 +82,8 @@ def peak(command: list[str]) -> tuple[float, float, float]:
         most, most_anonymous = max(most, total), max(most_anonymous, anonymous)
         time.sleep(0.2)
     if process.returncode:
-        assert process.stderr is not None
-        raise RuntimeError(process.stderr.read().decode()[-2000:])
+        said.seek(0)
+        raise RuntimeError(f"left with {process.returncode}: {said.read().decode()[-2000:]}")
     return most / 1e6, most_anonymous / 1e6, time.monotonic() - started
 
 
