@@ -23,6 +23,7 @@ SLOW = 0.7
 """A device or link below this share of the median is bad."""
 _SKEW_S = 5.0
 _LEAST_DISK = 10e6
+_LEAST_FREE = 2**30
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +94,8 @@ def _note(slurm: SlurmConfig, row: Mapping[str, Any]) -> str:
         told.append(f"clock {row['skew']:+.0f} s off")
     if row.get("disk", _LEAST_DISK) < _LEAST_DISK:
         told.append(f"{row['disk'] / 1e6:.1f} MB/s to the run folder")
+    if row.get("free", _LEAST_FREE) < _LEAST_FREE:
+        told.append(f"{row['free'] / 1e9:.2f} GB are free where the run folder is")
     if slurm.gpus_per_node and row.get("gpus") == ABSENT:
         told.append("no nvidia-smi: its GPUs are not looked at")
     elif slurm.gpus_per_node and row.get("xids") is None:

@@ -8,6 +8,7 @@ machine writes `slurm/log/JOB-RESTART/machine-NODE.json`; what it means is judge
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import shutil
@@ -29,6 +30,7 @@ from slurm.script import frozen_config
 _QUERY = ("index", "uuid", "ecc.errors.uncorrected.volatile.total", "retired_pages.pending")
 _XID = re.compile(r"^\[\s*(\d+)\.\d+\].*NVRM: Xid \((?:PCI:)?([^)]+)\): (\d+)")
 _FILE = 16 * 2**20
+_ROOM = 64 * _FILE
 _PROGRAM_S = 30.0
 
 
@@ -92,22 +94,37 @@ def look(config: RunConfig, folder: RunFolder) -> dict[str, Any]:
 
 
 def _disk_and_clock(folder: RunFolder) -> dict[str, Any]:
-    """Speed of writing to the run folder, and how far this clock is from that of its file server."""
+    """Speed of writing to the run folder, and how far this clock is from that of its file server.
+
+    Where the disk is nearly full its speed is not measured, so that machines that look at once do not fill it: a full
+    disk is no machine's fault, and the run says by itself how much it lacks.
+    """
     probe = folder.slurm_dir / f"probe-{node_name()}.tmp"
+    found: dict[str, Any] = {}
     try:
-        started = time.perf_counter()
-        with open(probe, "wb") as file:
-            file.write(os.urandom(_FILE))
-            os.fsync(file.fileno())
-        seconds = time.perf_counter() - started
+        found["free"] = shutil.disk_usage(folder.root).free
+        if found["free"] >= _ROOM:
+            found["disk"] = _write_rate(probe)
         probe.touch()
-        return {"disk": _FILE / seconds, "skew": time.time() - probe.stat().st_mtime,
-                "free": shutil.disk_usage(folder.root).free}
+        found["skew"] = time.time() - probe.stat().st_mtime
     except OSError as error:
-        return {"disk_error": f"{error.filename}: {error.strerror}"}
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            return {"disk_error": f"{error.filename}: {error.strerror}"}
+        found["free"] = 0
     finally:
         with contextlib.suppress(OSError):
             probe.unlink()
+    return found
+
+
+def _write_rate(path: Path) -> float:
+    """Bytes a second of a flushed file."""
+    data = os.urandom(_FILE)
+    started = time.perf_counter()
+    with open(path, "wb") as file:
+        file.write(data)
+        os.fsync(file.fileno())
+    return _FILE / (time.perf_counter() - started)
 
 
 def exercise(config: RunConfig, folder: RunFolder) -> dict[str, Any]:

@@ -51,9 +51,11 @@ def test_a_machine_that_says_nothing_is_bad() -> None:
 
 
 def test_what_is_no_reason_is_a_note() -> None:
-    found = judge(slurm(), ["n1", "n2", "n3"], {"n1": row(skew=-30.0), "n2": row(xids=None), "n3": row(disk=1e6)})
+    full = row(disk=1e6, free=0)
+    found = judge(slurm(), ["n1", "n2", "n3"], {"n1": row(skew=-30.0), "n2": row(xids=None), "n3": full})
     assert found.bad == {}
-    assert found.notes == {"n1": "clock -30 s off", "n3": "1.0 MB/s to the run folder",
+    assert found.notes == {"n1": "clock -30 s off",
+                           "n3": "1.0 MB/s to the run folder; 0.00 GB are free where the run folder is",
                            "n2": "the kernel's log may not be read: Xid events are not known"}
 
 
@@ -101,6 +103,10 @@ def test_programs_are_asked_and_a_machine_that_hangs_is_not_waited_for(tmp_path:
     assert found["disk"] > 0
     assert abs(found["skew"]) < 5
     assert not list(folder.slurm_dir.glob("*.tmp"))
+    monkeypatch.setattr(nodecheck, "_ROOM", 2**60)
+    found = look(config, folder)
+    assert "disk" not in found
+    assert found["free"] > 0
     monkeypatch.setattr(nodecheck, "_PROGRAM_S", 0.2)
     program(tmp_path / "bin", "nvidia-smi", "exec sleep 20")
     assert look(config, folder)["gpus"] is None
