@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from pretrain.config.load import LoadedConfig, diff_configs, dump_yaml, load_run_config
 from pretrain.config.merge import Layered, apply_sets
 from pretrain.config.model import Section
-from pretrain.config.presets import list_presets
 from pretrain.errors import ConfigError
+from tests.presets import presets
 
 QUIET = settings(deadline=None, derandomize=True, max_examples=100)
 keys = st.sampled_from("abc")
@@ -141,7 +141,7 @@ def test_parts_of_lists_can_be_set(write, base):
     assert loaded.origins["data.source.parts.0.source.split"] == "default"
 
 
-@pytest.mark.parametrize("name", list_presets())
+@pytest.mark.parametrize("name", presets())
 def test_a_dump_loads_to_an_equal_config(name, write):
     loaded = load_run_config(name, ["optim.lr=1.5e-4", "train.length=3M tokens", "engine.zero3_init=on",
                                     "engine.deepspeed={aio: {b: [1, 2.5, off]}, timers: {}}", "eval.every=null"])

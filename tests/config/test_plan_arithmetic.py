@@ -8,9 +8,9 @@ from pretrain.config.deepspeed import bucket_elements
 from pretrain.config.load import load_run_config
 from pretrain.config.memory import rank_memory
 from pretrain.config.plan import Speed, checkpoint_bytes, largest_micro_batch, make_plan, windows
-from pretrain.config.presets import list_presets
 from pretrain.config.run import ResolvedBatch
 from pretrain.errors import ConfigError
+from tests.presets import presets
 
 M = 1_000_000
 
@@ -97,11 +97,7 @@ def test_bytes_of_a_checkpoint(base, monkeypatch, stage, precision, expected):
     assert checkpoint_bytes(count, stage, precision) == expected * M
 
 
-TRAINED = [name for name in list_presets() if load_run_config(name).config.model.parameter_count().trainable]
-"""Presets in which anything is trained: the others run forward only, whatever the batch."""
-
-
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", presets(trained=True))
 def test_more_ranks_and_more_offload_never_need_more_and_bigger_batches_never_less(name):
     config = load_run_config(name, ["engine.zero_stage=3"]).config
 
@@ -117,7 +113,7 @@ def test_more_ranks_and_more_offload_never_need_more_and_bigger_batches_never_le
     assert need(8, 4, ["engine.activation_checkpointing=true"]) <= need(8, 4, ["engine.activation_checkpointing=false"])
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", presets(trained=True))
 @pytest.mark.parametrize("gib", [1, 4, 80])
 def test_the_largest_micro_batch_fits_and_the_next_does_not(name, gib):
     config = load_run_config(name).config

@@ -11,15 +11,14 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from pretrain.config.load import load_run_config
-from pretrain.config.presets import list_presets
 from pretrain.config.registry import FAMILIES, resolve
 from pretrain.metrics.flops import counted_flops
 from pretrain.models.base import BuildContext
 from pretrain.models.baseline.family import FAMILY
 from pretrain.models.baseline.schema import BaselineConfig
+from tests.presets import presets
 
 META = BuildContext(device=torch.device("meta"))
-PRESETS = {name: load_run_config(name).config for name in list_presets()}
 KNOWN_COUNTS = {"demo": 3_344_064, "baseline-27m": 26_747_392, "baseline-124m": 124_439_808,
                 "baseline-350m": 351_323_136, "baseline-1b": 1_040_254_976}
 
@@ -48,21 +47,22 @@ def test_counts_equal_the_built_model(body, heads, width, layers, inner, groups,
     assert cfg.flops_per_token(length) * length == pytest.approx(counted, rel=1e-9)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", presets())
 def test_every_preset_builds_and_has_the_size_its_schema_says(name):
-    cfg = PRESETS[name].model
+    config = load_run_config(name).config
+    cfg = config.model
     model = resolve(FAMILIES, cfg.family, "model.family").build(cfg, META)
     assert parameters(model) == cfg.parameter_count().total == KNOWN_COUNTS.get(name, parameters(model))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert trainable == cfg.parameter_count().trainable
-    for length in (64, PRESETS[name].data.seq_len):
+    for length in (64, config.data.seq_len):
         counted = counted_flops(model, batch(model, length))
         assert cfg.flops_per_token(length) * length == pytest.approx(counted, rel=0.02)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", presets())
 def test_every_preset_has_a_tiny_sibling_for_its_own_data(name):
-    cfg = PRESETS[name].model
+    cfg = load_run_config(name).config.model
     tiny = cfg.tiny().with_vocab_size(300)
     assert type(tiny).model_validate(tiny.model_dump(by_alias=True)) == tiny
     assert tiny.kind == cfg.kind and tiny.vocab_size == 300 and tiny.parameter_count().total < 500_000
