@@ -135,7 +135,7 @@ def begin(engine: Engine, folder: RunFolder, lease: Lease | None, snapshot: Snap
         files += _shared_files(engine, snapshot, figures, extra)
     facts = {"step": step, "k": int(snapshot.state["k"]), "world": world.size, "stage": engine.stage,
              "dtype": engine.precision}
-    return Saving(world, folder, lease, temporary, Writing(temporary, files), facts)
+    return Saving(world, folder, lease, temporary, Writing(temporary, files, beside=to_host), facts)
 
 
 def _held(lease: Lease | None) -> Lease:

@@ -8,7 +8,8 @@ those of the live engine, which took them from the config.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from pretrain.engine.build import Engine
 from pretrain.engine.shards import MOMENTS, Kind, Shards, open_shards
 from pretrain.errors import UserError
+from pretrain.runfolder.hashing import threads_of_a_rank
 from pretrain.runfolder.publish import Manifest
 
 
@@ -73,13 +75,22 @@ def _fill(engine: Engine, shards: Shards, manifest: Manifest) -> None:
         if sum(fragment.numel for fragment in holding.fragments) < holding.master.numel():
             for tensor in targets.values():
                 tensor.zero_()
-        for kind, tensor in targets.items():
-            flat = tensor.view(-1)
-            for fragment in holding.fragments:
-                shards.copy(fragment.name, kind, fragment.start, flat.narrow(0, fragment.at, fragment.numel))
+        _copy(shards, holding.fragments, targets)
     engine.ds.global_steps = shards.global_steps
     if engine.precision == manifest.dtype == "fp16":
         engine.ds.optimizer.loss_scaler = shards.loss_scaler
+
+
+def _copy(shards: Shards, fragments: Sequence[Fragment], targets: Mapping[Kind, torch.Tensor]) -> None:
+    """Fill the tensors of one holding, several fragments at a time."""
+    def one(kind: Kind, fragment: Fragment) -> None:
+        with torch.no_grad():  # set for each thread by itself
+            out = targets[kind].view(-1).narrow(0, fragment.at, fragment.numel)
+            shards.copy(fragment.name, kind, fragment.start, out)
+
+    with ThreadPoolExecutor(threads_of_a_rank(), "load") as pool:
+        for done in [pool.submit(one, kind, fragment) for kind in targets for fragment in fragments]:
+            done.result()
 
 
 def _step(optimizer: torch.optim.Optimizer, master: torch.Tensor, step: int) -> Any:

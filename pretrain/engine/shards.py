@@ -14,6 +14,7 @@ on the disk, and the kernel can drop pages that were read.
 from __future__ import annotations
 
 import os
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -77,6 +78,7 @@ class Shards(ABC):
         self.folder = checkpoint / TAG
         self.world = world
         self._opened: dict[int, Shard] = {}
+        self._opening = threading.Lock()
         self._header = self._map(self._header_pattern())
         first = self._read(0)
         steps = first.steps()
@@ -91,7 +93,10 @@ class Shards(ABC):
         """Every trained parameter by name."""
 
     def copy(self, name: str, kind: Kind, start: int, out: torch.Tensor) -> None:
-        """Copy elements [start, start + len(out)) of a flattened parameter into the flat tensor `out` (any device)."""
+        """Copy elements [start, start + len(out)) of a flattened parameter into the flat tensor `out` (any device).
+
+        Several threads may ask at once.
+        """
         place = self.places[name]
         done = 0
         while done < out.numel():
@@ -110,14 +115,16 @@ class Shards(ABC):
 
     def _shard(self, rank: int) -> Shard:
         """What `rank` wrote, mapped and held to the layout."""
-        if rank not in self._opened:
-            shard = self._read(rank)
-            steps = shard.steps()
-            if steps != ({self.step} if self.step is not None else set()):
-                raise DataCorruption(f"{self.folder}: rank {rank} counts {sorted(steps)} updates, rank 0 {self.step}")
-            self._check(rank, shard)
-            self._opened[rank] = shard
-        return self._opened[rank]
+        with self._opening:
+            if rank not in self._opened:
+                shard = self._read(rank)
+                steps = shard.steps()
+                if steps != ({self.step} if self.step is not None else set()):
+                    raise DataCorruption(f"{self.folder}: rank {rank} counts {sorted(steps)} updates, rank 0 "
+                                         f"{self.step}")
+                self._check(rank, shard)
+                self._opened[rank] = shard
+            return self._opened[rank]
 
     def _map(self, pattern: str) -> dict[str, Any]:
         """One of DeepSpeed's files, mapped into memory."""

@@ -8,7 +8,7 @@ import re
 import shutil
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,13 +18,13 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from pretrain.errors import UserError
-from pretrain.runfolder.hashing import Digest, PieceHasher, digest_of
+from pretrain.runfolder.hashing import Digest, PieceHasher, digest_of, threads_of_a_rank
 from pretrain.runfolder.publish import fsync
 
 _PIECE = 16 << 20
 """Bytes between two signs of progress."""
-_HASHERS = 4
-"""Threads at most that hash what one thread writes."""
+_FLUSHED = 64 << 20
+"""Bytes between two flushes to the disk, which go on beside the writing."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 """How safetensors names a system error."""
@@ -33,18 +33,22 @@ _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 class HashedFile:
     """A new file whose SHA-256 is of the bytes that were given to it, taken beside the writing of them.
 
-    So what a disk or its cache makes of them afterwards does not pass for right. The writing half of a binary stream,
-    as `torch.save` takes it.
+    So what a disk or its cache makes of them afterwards does not pass for right. The disk is made to take them in from
+    the first piece on, instead of all at the end. The writing half of a binary stream, as `torch.save` takes it.
     """
 
-    def __init__(self, path: Path, progress: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, path: Path, progress: Callable[[], None] = lambda: None, hashers: int = 1) -> None:
+        """`hashers`: threads that hash."""
         self.error: OSError | None = None
         """The first thing that went wrong. What is written afterwards is dropped: torch still closes its archive."""
         self._path = path
         self._progress = progress
         self._file = open(path, "xb", buffering=0)  # noqa: SIM115
-        self._beside = ThreadPoolExecutor(min(_HASHERS, torch.get_num_threads()), "hash")
+        self._beside = ThreadPoolExecutor(hashers, "hash")
         self._hash = PieceHasher(self._beside)
+        self._flusher = ThreadPoolExecutor(1, "flush")
+        self._flushing: Future[None] | None = None
+        self._unflushed = 0
 
     def __str__(self) -> str:
         return str(self._path)
@@ -58,7 +62,9 @@ class HashedFile:
         try:
             done = 0
             while done < len(view):
-                done += self._file.write(view[done:done + _PIECE])
+                count = self._file.write(view[done:done + _PIECE])
+                done += count
+                self._flush_beside(count)
                 self._progress()
         except OSError as error:
             self.error = error
@@ -73,11 +79,24 @@ class HashedFile:
     def close(self) -> Digest:
         """Flush to the disk, and return the digest. Raises the OSError of an earlier write, or its own."""
         self._beside.shutdown()
+        self._flusher.shutdown()
         with self._file as file:
             if self.error is not None:
                 raise self.error
+            if self._flushing is not None:
+                self._flushing.result()
             os.fsync(file.fileno())
         return self._hash.digest()
+
+    def _flush_beside(self, count: int) -> None:
+        """`count` more bytes are written. Raises the OSError of an earlier flush, which the system tells only once."""
+        self._unflushed += count
+        if self._unflushed < _FLUSHED or not (self._flushing is None or self._flushing.done()):
+            return
+        if self._flushing is not None:
+            self._flushing.result()
+        self._flushing = self._flusher.submit(os.fsync, self._file.fileno())
+        self._unflushed = 0
 
 
 class PartFile(Protocol):
@@ -89,7 +108,7 @@ class PartFile(Protocol):
     @property
     def nbytes(self) -> int: ...  # noqa: D102
 
-    def write(self, path: Path, progress: Callable[[], None]) -> Digest:
+    def write(self, path: Path, progress: Callable[[], None], hashers: int) -> Digest:
         """Write it to `path`, flushed; returns its digest. Raises OSError, SafetensorError."""
 
 
@@ -101,9 +120,9 @@ class TorchFile:
     state: Any
     nbytes: int
 
-    def write(self, path: Path, progress: Callable[[], None]) -> Digest:
+    def write(self, path: Path, progress: Callable[[], None], hashers: int) -> Digest:
         """Hashed on its way to the file."""
-        file = HashedFile(path, progress)
+        file = HashedFile(path, progress, hashers)
         try:
             torch.save(self.state, file)
         except Exception:
@@ -124,9 +143,9 @@ class TextFile:
         """Of the text, if it is ASCII."""
         return len(self.text)
 
-    def write(self, path: Path, progress: Callable[[], None]) -> Digest:
+    def write(self, path: Path, progress: Callable[[], None], hashers: int) -> Digest:
         """Hashed on its way to the file."""
-        file = HashedFile(path, progress)
+        file = HashedFile(path, progress, hashers)
         file.write(self.text.encode())
         return file.close()
 
@@ -143,7 +162,7 @@ class TensorFile:
         """Of the tensors."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
-    def write(self, path: Path, progress: Callable[[], None]) -> Digest:
+    def write(self, path: Path, progress: Callable[[], None], hashers: int) -> Digest:
         """Hashed as it is read back: the library takes no stream."""
         save_file(self.tensors, path)
         fsync(path)
@@ -154,12 +173,16 @@ class TensorFile:
 class Writing:
     """The thread that writes a rank's part. Each file is let go of once it is written."""
 
-    def __init__(self, folder: Path, files: Sequence[PartFile]) -> None:
-        """Start to write `files` below `folder`, where all their folders are."""
+    def __init__(self, folder: Path, files: Sequence[PartFile], *, beside: bool) -> None:
+        """Start to write `files` below `folder`, where all their folders are.
+
+        `beside`: training goes on meanwhile, and only one thread hashes.
+        """
         self.progress = 0
         """Rises while the disk takes in what it is given."""
         self._folder = folder
         self._files = list(files)
+        self._hashers = 1 if beside else threads_of_a_rank()
         self._hashes: dict[str, Digest] = {}
         self._error: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
@@ -208,7 +231,7 @@ class Writing:
         try:
             while self._files:
                 file = self._files[0]
-                self._hashes[file.name] = file.write(self._folder / file.name, self._advance)
+                self._hashes[file.name] = file.write(self._folder / file.name, self._advance, self._hashers)
                 del self._files[0]
                 del file
         except Exception as error:

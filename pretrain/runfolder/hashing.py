@@ -17,6 +17,11 @@ _SMALL = 1 << 16
 """Bytes up to which another thread does not pay."""
 
 
+def threads_of_a_rank() -> int:
+    """Threads with which one rank of several on this machine may work on files: its share of the cores, 4 at most."""
+    return max(1, min(4, _cores() // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)))
+
+
 def hash_file(path: Path) -> str:
     """SHA-256 of a whole file in hexadecimal; other threads run meanwhile."""
     with open(path, "rb") as file:

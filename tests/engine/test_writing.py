@@ -51,7 +51,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_the_hash_is_that_of_the_file_and_the_file_holds_the_state(folder: Path) -> None:
-    writing = Writing(folder, parts(3_000_000))
+    writing = Writing(folder, parts(3_000_000), beside=False)
     assert writing.wait(60)
     assert not writing.failed
     hashes = writing.hashes()
@@ -75,7 +75,7 @@ def test_a_disk_that_refuses_in_the_middle_of_a_file_is_one_line(folder: Path, b
             "text": TextFile("deepspeed/big.pt", "x" * 4 * LIMIT)}[big]
     last = TensorFile("last.safetensors", {"x": torch.ones(100)})
     with files_up_to(LIMIT):
-        writing = Writing(folder, [TextFile("first.json", "{}"), file, last])
+        writing = Writing(folder, [TextFile("first.json", "{}"), file, last], beside=False)
         assert writing.wait(60)
         assert writing.failed
     assert not (folder / "last.safetensors").exists()
@@ -94,7 +94,7 @@ def test_a_full_disk_is_told_with_what_it_lacks(folder: Path, number: int, monke
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr("pretrain.engine.writing.os.fsync", refuse)
-    writing = Writing(folder, parts(1000))
+    writing = Writing(folder, parts(1000), beside=False)
     assert writing.wait(60)
     free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
     writing.explain(free + 10**12)
@@ -106,7 +106,7 @@ def test_a_full_disk_is_told_with_what_it_lacks(folder: Path, number: int, monke
 
 
 def test_a_mistake_of_the_program_stays_what_it_is(folder: Path) -> None:
-    writing = Writing(folder, [TorchFile("deepspeed/x.pt", lambda: None, 0)])
+    writing = Writing(folder, [TorchFile("deepspeed/x.pt", lambda: None, 0)], beside=False)
     assert writing.wait(60)
     writing.explain(0)
     with pytest.raises(Exception, match=r"pickle"):
@@ -124,7 +124,7 @@ def test_what_is_taken_is_written_as_small_as_it_is(folder: Path, to_host: bool)
     taken = take(value)
     assert take.nbytes == 4 * (10 + 1000 + 6)
     path = folder / "x.pt"
-    TorchFile("x.pt", taken, 0).write(path, lambda: None)
+    TorchFile("x.pt", taken, 0).write(path, lambda: None, 2)
     assert path.stat().st_size < 10_000
     found = torch.load(path, weights_only=True)
     for name in ("slice", "tied", "turned", "empty", "reshaped"):
@@ -132,6 +132,25 @@ def test_what_is_taken_is_written_as_small_as_it_is(folder: Path, to_host: bool)
     assert not found["tied"].requires_grad
     assert found["tied"].data_ptr() == found["tied again"].data_ptr() == found["reshaped"].data_ptr()
     assert torch.equal(found["list"][0], buffer[10:20])
+
+
+def test_what_goes_wrong_in_a_flush_on_the_way_is_not_lost(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system tells of it once, to whoever flushes next."""
+    real, told = os.fsync, []
+
+    def once(descriptor: int) -> None:
+        if not told:
+            told.append(descriptor)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(descriptor)
+
+    monkeypatch.setattr("pretrain.engine.writing.os.fsync", once)
+    monkeypatch.setattr("pretrain.engine.writing._FLUSHED", LIMIT)
+    writing = Writing(folder, [TorchFile("deepspeed/big.pt", {"x": torch.zeros(LIMIT)}, 4 * LIMIT)], beside=True)
+    assert writing.wait(60)
+    assert told
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        writing.hashes()
 
 
 def test_what_is_taken_to_the_host_shares_nothing_with_training() -> None:
@@ -151,6 +170,6 @@ def test_what_is_taken_to_the_host_shares_nothing_with_training() -> None:
 def test_both_ways_of_taking_lead_to_the_same_bytes(folder: Path) -> None:
     buffer = torch.randn(1000)
     value = {"a": buffer[:10], "b": torch.randn(20), "c": {"d": buffer, "e": buffer.view(10, 100)}, "f": ["x", 1]}
-    hashes = {TorchFile("x", _Taker(to_host)(value), 0).write(folder / str(to_host), lambda: None)
+    hashes = {TorchFile("x", _Taker(to_host)(value), 0).write(folder / str(to_host), lambda: None, 2)
               for to_host in (False, True)}
     assert len(hashes) == 1
