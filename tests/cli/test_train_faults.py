@@ -181,11 +181,13 @@ def test_ranks_of_a_killed_launcher_die_and_the_run_goes_on_at_once(folder: Path
     assert losses(folder / "runs/tiny") == losses(folder / "runs/whole")
 
 
-def test_under_torchrun_the_verdict_is_in_the_status(folder: Path) -> None:
-    """torchrun's workers abort at exit now and then, which is why a run may be tried again."""
-    command = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",
-               "pretrain.cli.main", "train", "tiny.yaml"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"}
+@pytest.mark.parametrize("launcher", [
+    ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"],
+    ["deepspeed.launcher.runner", "--num_gpus", "2", "--no_local_rank", "--module"]], ids=["torchrun", "deepspeed"])
+def test_under_another_launcher_the_verdict_is_in_the_status(launcher: list[str], folder: Path) -> None:
+    """Workers of torchrun abort at exit now and then, which is why a run may be tried again."""
+    command = [sys.executable, "-P", "-m", *launcher, "pretrain.cli.main", "train", "tiny.yaml"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1", "DS_ACCELERATOR": "cpu"}
     for _ in range(3):
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=180)
         if done.returncode == 0:
