@@ -18,7 +18,7 @@ from pretrain.config.suggest import nearest
 from pretrain.config.sweep import SweepConfig
 from pretrain.errors import UserError
 from pretrain.metrics.paired import paired_difference
-from pretrain.monitor.rows import read_metrics
+from pretrain.monitor.rows import Row, read_metrics
 from pretrain.runfolder.layout import RunFolder
 from pretrain.runfolder.publish import write_json_atomic, write_text_atomic
 
@@ -40,6 +40,8 @@ class Cell:
     """Mean difference from the reference over the seeds that both have; None for the reference itself."""
     interval: tuple[float, float] | None
     """95%, Student's t over the pairs; None with fewer than two."""
+    lowest: float | None = None
+    """The lowest lower end of the runs' own 95% intervals; None where a run has none."""
 
 
 def run_figures(root: Path, at: Literal["final", "best"] = "final") -> dict[str, float]:
@@ -50,9 +52,7 @@ def run_figures(root: Path, at: Literal["final", "best"] = "final") -> dict[str,
     """
     folder = RunFolder.open(root)
     rows = [row for row in read_metrics(folder) if any("/" in key for key in row)]
-    step = _best_step(folder) if at == "best" else None
-    if rows and step is None:
-        step = max(int(row["step"] or 0) for row in rows)
+    step = _step_of(folder, rows, at)
     found: dict[str, float] = {}
     for row in rows:
         if row["step"] == step:
@@ -62,6 +62,20 @@ def run_figures(root: Path, at: Literal["final", "best"] = "final") -> dict[str,
         if results.step in (step, None):
             found |= {name: record.value for name, record in results.metrics.items()}
     return found
+
+
+def run_lower_bounds(root: Path, at: Literal["final", "best"] = "final") -> dict[str, float]:
+    """Lower ends of the 95% intervals in the results.json files that `run_figures` reads, by name of the figure."""
+    folder = RunFolder.open(root)
+    step = _step_of(folder, [row for row in read_metrics(folder) if any("/" in key for key in row)], at)
+    return {name: record.ci[0] for results in read_results(folder.eval_dir) if results.step in (step, None)
+            for name, record in results.metrics.items() if record.ci is not None}
+
+
+def _step_of(folder: RunFolder, rows: Sequence[Row], at: Literal["final", "best"]) -> int | None:
+    """The evaluated step; None where nothing was evaluated in training. `rows`: those with figures of evaluations."""
+    step = _best_step(folder) if at == "best" else None
+    return max(int(row["step"] or 0) for row in rows) if rows and step is None else step
 
 
 def _best_step(folder: RunFolder) -> int | None:
@@ -78,8 +92,10 @@ def metrics_of(config: SweepConfig) -> list[str]:
     return list(dict.fromkeys(load_run_config(run.target, run.sets).config.eval.metric for run in config.runs()))
 
 
-def sweep_cells(config: SweepConfig, finished: dict[str, dict[str, float]]) -> list[Cell]:
-    """Cells by row and metric; `finished` has the figures of finished runs by name of the run.
+def sweep_cells(config: SweepConfig, finished: dict[str, dict[str, float]],
+                lower_bounds: dict[str, dict[str, float]] | None = None) -> list[Cell]:
+    """Cells by row and metric; `finished` has the figures of finished runs by name of the run, `lower_bounds` the
+    lower ends of their intervals.
 
     Raises UserError for a metric that no finished run has.
     """
@@ -89,26 +105,30 @@ def sweep_cells(config: SweepConfig, finished: dict[str, dict[str, float]]) -> l
         if finished and metric not in known:
             raise UserError(f'metrics: no run has "{metric}"{nearest(metric, known)}; they have {", ".join(known)}')
         by_row: dict[str, dict[int, float]] = {row: {} for row in config.rows}
+        lows: dict[str, list[float | None]] = {row: [] for row in config.rows}
         for run in config.runs():
             if metric in finished.get(run.name, {}):
                 by_row[run.row][run.seed] = finished[run.name][metric]
+                lows[run.row].append((lower_bounds or {}).get(run.name, {}).get(metric))
         reference = by_row[config.compared_with]
-        cells += [_cell(row, metric, values, None if row == config.compared_with else reference)
+        cells += [_cell(row, metric, values, None if row == config.compared_with else reference, lows[row])
                   for row, values in by_row.items() if values]
     return cells
 
 
-def _cell(row: str, metric: str, values: dict[int, float], reference: dict[int, float] | None) -> Cell:
+def _cell(row: str, metric: str, values: dict[int, float], reference: dict[int, float] | None,
+          lows: Sequence[float | None]) -> Cell:
     difference, interval = None, None
     shared = [seed for seed in values if reference is not None and seed in reference]
     if reference is not None and shared:
         difference, interval = paired_difference([values[s] for s in shared], [reference[s] for s in shared])
     numbers = list(values.values())
     return Cell(row, metric, values, statistics.fmean(numbers), statistics.stdev(numbers) if len(numbers) > 1 else None,
-                min(numbers), max(numbers), difference, interval)
+                min(numbers), max(numbers), difference, interval,
+                min(known) if len(known := [low for low in lows if low is not None]) == len(numbers) else None)
 
 
-_HEADER = ("", "metric", "seeds", "mean", "std", "min", "max", "difference (95%)")
+_HEADER = ("", "metric", "seeds", "mean", "std", "min", "max", "lowest bound", "difference (95%)")
 
 
 def _texts(cell: Cell) -> tuple[str, ...]:
@@ -117,7 +137,7 @@ def _texts(cell: Cell) -> tuple[str, ...]:
         difference += f" ({cell.interval[0]:+.4f} to {cell.interval[1]:+.4f})"
     return (cell.row, cell.metric, str(len(cell.values)), f"{cell.mean:.4f}",
             "-" if cell.std is None else f"{cell.std:.4f}", f"{cell.minimum:.4f}", f"{cell.maximum:.4f}",
-            difference or "-")
+            "-" if cell.lowest is None else f"{cell.lowest:.4f}", difference or "-")
 
 
 def sweep_table(config: SweepConfig, cells: Sequence[Cell]) -> Table:
@@ -136,8 +156,9 @@ def write_sweep(folder: Path, config: SweepConfig, cells: Sequence[Cell], states
     document: dict[str, Any] = {"sweep": config.model_dump(mode="json"), "reference": config.compared_with,
                                 "runs": states, "cells": [asdict(cell) for cell in cells]}
     write_json_atomic(folder / "sweep.json", document)
-    lines = [f"# {config.name}", "", f"Figures of the {config.at} evaluation; differences from "
-             f"`{config.compared_with}`, paired by seed, with 95% intervals of Student's t.", "",
+    lines = [f"# {config.name}", "", f"Figures of the {config.at} evaluation; lowest bound is the lowest lower end of "
+             f"the runs' own 95% intervals; differences from `{config.compared_with}` are paired by seed, with 95% "
+             "intervals of Student's t.", "",
              "| " + " | ".join(_HEADER) + " |", "|" + "---|" * len(_HEADER)]
     lines += ["| " + " | ".join(_texts(cell)) + " |" for cell in cells]
     unfinished = [f"- {name}: {state}" for name, state in states.items() if state != "done"]

@@ -60,9 +60,10 @@ def sweep(file: Annotated[Path, typer.Argument(metavar="SWEEP", help="YAML file 
 def _show(config: SweepConfig, folder: Path, runs: list[SweepRun], states: dict[str, str], *, as_json: bool) -> None:
     from rich.console import Console
 
-    from evaluation.sweep import run_figures, sweep_cells, sweep_table, write_sweep
-    finished = {run.name: run_figures(folder / run.name, config.at) for run in runs if states[run.name] == "done"}
-    cells = sweep_cells(config, finished)
+    from evaluation.sweep import run_figures, run_lower_bounds, sweep_cells, sweep_table, write_sweep
+    done = [run.name for run in runs if states[run.name] == "done"]
+    finished = {name: run_figures(folder / name, config.at) for name in done}
+    cells = sweep_cells(config, finished, {name: run_lower_bounds(folder / name, config.at) for name in done})
     if folder.is_dir():
         write_sweep(folder, config, cells, states)
     if as_json:
@@ -143,7 +144,7 @@ class _Pool:
         self._active.append(_Task(run, commands[1:], self._spawn(run, commands[0])))
 
     def _evaluations(self, run: SweepRun) -> list[list[str]]:
-        return [["eval", str(self._folder / run.name), *shlex.split(line)] for line in self._config.evaluate]
+        return [["eval", str(self._folder / run.name), *words] for words in self._config.evaluations(run)]
 
     def _evaluated(self, run: SweepRun, command: list[str]) -> bool:
         """Whether the same command has left its results."""

@@ -15,6 +15,8 @@ from pretrain.config.model import Section
 from pretrain.config.suggest import nearest
 from pretrain.errors import ConfigError
 
+SEED = "{seed}"
+"""Stands for the seed of a run in what a sweep says of all runs."""
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,60}")
 
 
@@ -41,13 +43,15 @@ class SweepConfig(Section):
     variants: dict[str, list[str]] = Field(
         {"": []}, min_length=1, description="label: list of KEY=VALUE that make the variant")
     seeds: list[int] = Field([41, 42, 43], min_length=1, description="the same for every row: differences are paired")
-    sets: list[str] = Field([], description="KEY=VALUE for all runs")
+    sets: list[str] = Field([], description="KEY=VALUE for all runs; {seed} in it, or in one of a variant, is the "
+                            "run's seed (data.source.seed={seed})")
     reference: str | None = Field(None, description="row that others are compared with; null: the first")
     metrics: list[str] = Field([], description="what the table shows; empty: eval.metric of the runs")
     at: Literal["final", "best"] = Field(
         "final", description="figures of the last evaluation in training, or of the one that was best by eval.metric")
     evaluate: list[str] = Field(
-        [], description="arguments of `pretrain eval RUN ...` to run on each finished run, as `--task needle`")
+        [], description="arguments of `pretrain eval RUN ...` to run on each finished run, as `--task needle`; {seed} "
+        "is the run's seed")
     nproc: int | None = Field(None, ge=1, description="ranks a run; null: launch.nproc of the preset")
 
     @field_validator("variants")
@@ -120,8 +124,13 @@ class SweepConfig(Section):
                 name = f"{row.replace('/', '-')}-s{seed}"
                 own = (f"name={name}", f"runs_dir={self.runs_dir}/{self.name}", f"seed={seed}")
                 ranks = () if self.nproc is None else (f"launch.nproc={self.nproc}",)
-                found.append(SweepRun(row, seed, target, (*self.sets, *sets, *own, *ranks), name))
+                given = (text.replace(SEED, str(seed)) for text in (*self.sets, *sets))
+                found.append(SweepRun(row, seed, target, (*given, *own, *ranks), name))
         return found
+
+    def evaluations(self, run: SweepRun) -> list[list[str]]:
+        """Arguments of `pretrain eval` behind the run's folder, one list an evaluation."""
+        return [shlex.split(line.replace(SEED, str(run.seed))) for line in self.evaluate]
 
 
 def _stem(target: str) -> str:

@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from evaluation.sweep import sweep_cells
 from pretrain.cli.sweep import sweep
+from pretrain.config.sweep import SweepConfig
 from pretrain.errors import CheckFailed, UserError
 from tests.cli.tiny_run import make_dataset, status, write_config
 
@@ -86,6 +88,15 @@ def test_runs_are_trained_once_and_the_table_pairs_seeds(place: Path) -> None:
     assert "| high | val/loss | 3 |" in (place / "runs/lr/sweep.md").read_text()
 
 
+def test_the_lowest_bound_is_of_all_seeds_or_none() -> None:
+    config = SweepConfig.model_validate({"name": "s", "presets": ["demo"], "seeds": [1, 2], "metrics": ["val/a"]})
+    figures = {"demo-s1": {"val/a": 0.5}, "demo-s2": {"val/a": 0.75}}
+    (cell,) = sweep_cells(config, figures, {"demo-s1": {"val/a": 0.25}, "demo-s2": {"val/a": 0.375}})
+    assert (cell.mean, cell.lowest) == (0.625, 0.25)
+    (cell,) = sweep_cells(config, figures, {"demo-s1": {"val/a": 0.25}})
+    assert cell.lowest is None
+
+
 def test_a_run_that_fails_is_told_and_stops_no_other(place: Path) -> None:
     (place / "codes.json").write_text('{"high-s41": 4}')
     with pytest.raises(CheckFailed, match=r"1 of 6 runs are not done: high-s41"):
@@ -144,6 +155,7 @@ def test_a_real_sweep(tmp_path: Path) -> None:
     low, high = json.loads((tmp_path / "runs/lr/sweep.json").read_text())["cells"]
     assert high["difference"] < 0
     assert set(low["values"]) == {"1", "2"}
+    assert 0 < low["lowest"] < low["minimum"]
     assert status(tmp_path / "runs/lr/low-s1").state == "done"
     again = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
     assert again.stdout.count("done before") == 4

@@ -30,6 +30,13 @@ def test_a_run_loads_with_its_seed_its_folder_and_its_variant_above_the_common_v
     assert (low.name, low.runs_dir, low.seed, low.launch.nproc) == ("low-s7", "runs/s", 7, 3)
 
 
+def test_a_seed_can_be_named_in_values_and_in_evaluations() -> None:
+    sweep = config(sets=["objective.z_loss=0.{seed}"], seeds=[3], evaluate=["--task needle --null 'a b/null-s{seed}'"])
+    (run,) = sweep.runs()
+    assert load_run_config(run.target, run.sets).config.objective.z_loss == 0.3
+    assert sweep.evaluations(run) == [["--task", "needle", "--null", "a b/null-s3"]]
+
+
 def test_one_preset_without_variants_is_its_own_row() -> None:
     assert config().rows == ["demo"]
     assert config().compared_with == "demo"
