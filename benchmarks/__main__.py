@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-HELPERS = {"__main__", "harness", "planted"}
+HELPERS = {"__main__", "harness", "peer_worker", "peers", "planted"}
 CAMPAIGNS = {"faults", "afrb_tables"}
 """Run by name only: they measure nothing and take minutes, or need models that were trained."""
 

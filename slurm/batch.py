@@ -55,7 +55,8 @@ def begin(folder: RunFolder, slurm: SlurmConfig, facts: Facts) -> int:
     idle = may_begin(slurm, job, restart, _chain(folder, job), history)
     if idle is not None:
         _say(f"nothing to do: {idle}")
-        return NOTHING_TO_DO
+        done = any(start.action == "finish" and start.code == ExitCode.DONE for start in history)
+        return NOTHING_TO_DO if done else int(ExitCode.INTERNAL)  # so that what waits for its success is not started
     if any(start.asked for start in history[-1:]):  # it was meant for a start that is over
         (folder.control_dir / _ASK).unlink(missing_ok=True)
     _await_lease(folder, job)

@@ -6,20 +6,21 @@ restarts are its own.
 
 from __future__ import annotations
 
-import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pretrain.config.load import LoadedConfig
+from data_prep.config import PrepConfig
+from data_prep.pipeline import is_complete
+from pretrain.config.load import LoadedConfig, load_yaml_model
 from pretrain.config.slurm import SlurmConfig
 from pretrain.errors import UserError
 from pretrain.runfolder.layout import RunFolder
-from pretrain.runfolder.publish import write_json_atomic
 from slurm.script import Place, quoted
 from slurm.submit import submit
-from slurm.tasks import run_commands, write_report
+from slurm.tasks import Commands, NewEvaluations, new_checkpoints, note_evaluated, write_report
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,10 @@ class Jobs:
                 extra[key] = getattr(slurm, key)
         if after:
             extra["dependency"] = f"{'afterany' if even_failed else 'afterok'}:{after}"
-        executor = submitit.SlurmExecutor(folder=str(self._folder), python=quoted(slurm.python or self._place.python))
+        if shutil.which("sbatch") is None or shutil.which("srun") is None:
+            raise UserError("sbatch, srun: not found on PATH; is this a machine of the cluster?")
+        executor = submitit.SlurmExecutor(folder=str(self._folder), max_num_timeout=slurm.max_restarts,
+                                          python=quoted(slurm.python or self._place.python))
         executor.update_parameters(
             job_name=name, time=max(1, slurm.time_seconds // 60), nodes=1, ntasks_per_node=1,
             array_parallelism=at_once, additional_parameters=extra, setup=self._setup(),
@@ -89,9 +93,9 @@ def prepare_data(jobs: Jobs, place: Place, prep: Path, shares: int, at_once: int
     for name in ("prep-read", "prep-encode"):
         arguments = [([["prep", str(prep), "--rank", str(rank), "--of", str(shares)]], work_dir)
                      for rank in range(shares)]
-        stages.append(Stage(name, jobs.submit(name, run_commands, arguments, after=after, at_once=at_once), after))
+        stages.append(Stage(name, jobs.submit(name, Commands(), arguments, after=after, at_once=at_once), after))
         after = stages[-1].job
-    merge = jobs.submit("prep-merge", run_commands, [([["prep", str(prep)]], work_dir)], after=after)
+    merge = jobs.submit("prep-merge", Commands(), [([["prep", str(prep)]], work_dir)], after=after)
     return [*stages, Stage("prep-merge", merge, after)]
 
 
@@ -100,7 +104,7 @@ def after_training(jobs: Jobs, place: Place, root: str, train: str, evaluate: Se
     """Evaluate the finished run, then write its report."""
     work_dir = str(place.work_dir)
     commands = [["eval", root, *words] for words in evaluate] or [["eval", root]]
-    done = jobs.submit("eval", run_commands, [(commands, work_dir)], after=train, gpus=gpus)
+    done = jobs.submit("eval", Commands(), [(commands, work_dir)], after=train, gpus=gpus)
     report = jobs.submit("report", write_report, [(root,)], after=done)
     return [Stage("eval", done, train), Stage("report", report, done)]
 
@@ -109,33 +113,42 @@ def pipeline(loaded: LoadedConfig, place: Place, *, prep: Path | None, shares: i
              evaluate: Sequence[Sequence[str]], with_dependency: Any) -> list[Stage]:
     """Preparation, training (which requeues itself), evaluation and report as one graph.
 
-    `with_dependency` gives the config anew, with a job to wait for. Raises UserError.
+    `with_dependency` gives the config anew, with a job to wait for. Data that is complete is not prepared again. Raises
+    UserError, and ConfigError for a config of the preparation that is none.
     """
     slurm = section_of(loaded)
+    wanted = prep is not None and not is_complete(load_yaml_model(PrepConfig, prep)[0])
     root = Path(place.work_dir, loaded.config.runs_dir, loaded.config.name)
-    folder = RunFolder.create(root).slurm_dir / "submitit"
-    folder.mkdir(parents=True, exist_ok=True)
-    jobs = Jobs(slurm, place, folder)
-    stages = prepare_data(jobs, place, prep, shares, at_once) if prep else []
+    jobs = _jobs_of(RunFolder.create(root), slurm, place)
+    stages = prepare_data(jobs, place, prep, shares, at_once) if prep is not None and wanted else []
     merged = stages[-1].job if stages else None
     job, numbers = submit(with_dependency(merged) if merged else loaded, place)
     stages.append(Stage("train", numbers[-1], merged))
     return [*stages, *after_training(jobs, place, job.root, numbers[-1], evaluate, min(1, slurm.gpus_per_node))]
 
 
-def evaluate_new(folder: RunFolder, slurm: SlurmConfig, place: Place, words: Sequence[str], *, at_once: int,
-                 after: str | None) -> tuple[str | None, list[int]]:
+def evaluate_new(folder: RunFolder, slurm: SlurmConfig, place: Place, words: Sequence[str], *,
+                 at_once: int) -> tuple[str | None, list[int]]:
     """Evaluate the checkpoints that no earlier call has, as an array. Its number and the steps; None for none."""
-    record = folder.slurm_dir / "evaluated.json"
-    known = set(json.loads(record.read_text())) if record.exists() else set()
-    steps = sorted(ref.step for ref in folder.checkpoints() if ref.path.name not in known)
-    if not steps:
+    refs = new_checkpoints(folder)
+    if not refs:
         return None, []
-    names = [ref.path.name for ref in folder.checkpoints() if ref.step in steps]
+    arguments = [([["eval", str(folder.root), "--step", str(ref.step), *words]], str(place.work_dir)) for ref in refs]
+    job = _jobs_of(folder, slurm, place).submit("eval-new", Commands(), arguments, at_once=at_once,
+                                                gpus=min(1, slurm.gpus_per_node))
+    note_evaluated(folder, refs)
+    return job, [ref.step for ref in refs]
+
+
+def evaluate_after(folder: RunFolder, slurm: SlurmConfig, place: Place, words: Sequence[str], after: str) -> str:
+    """A job that waits for the success of job `after` and evaluates the checkpoints that are new by then."""
+    return _jobs_of(folder, slurm, place).submit(
+        "eval-new", NewEvaluations(), [(str(folder.root), list(words), str(place.work_dir))], after=after,
+        gpus=min(1, slurm.gpus_per_node))
+
+
+def _jobs_of(folder: RunFolder, slurm: SlurmConfig, place: Place) -> Jobs:
+    """Jobs whose files lie in a run folder."""
     target = folder.slurm_dir / "submitit"
     target.mkdir(parents=True, exist_ok=True)
-    arguments = [([["eval", str(folder.root), "--step", str(step), *words]], str(place.work_dir)) for step in steps]
-    job = Jobs(slurm, place, target).submit("eval-new", run_commands, arguments, after=after, at_once=at_once,
-                                            gpus=min(1, slurm.gpus_per_node))
-    write_json_atomic(record, sorted({*known, *names}))
-    return job, steps
+    return Jobs(slurm, place, target)

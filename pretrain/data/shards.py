@@ -36,8 +36,8 @@ class OpenedShard:
     reader: ShardReader
     tokens: NDArray[Any]
     docs: NDArray[np.int64]
-    rows: NDArray[np.int64]
-    """[blocks, 4]: first token, tokens, first number of the document table, documents; in items of the two views."""
+    rows: list[list[int]]
+    """[blocks][4]: first token, tokens, first number of the document table, documents; in items of the two views."""
 
     @classmethod
     def of(cls, reader: ShardReader, dtype: np.dtype[Any]) -> OpenedShard:
@@ -45,7 +45,26 @@ class OpenedShard:
         rows = np.stack([reader.rows["tokens_offset"] // dtype.itemsize, reader.rows["tokens"],
                          reader.rows["docs_offset"] // 8, reader.rows["docs"]], axis=1).astype(np.int64)
         # An npy payload in a tar begins at a multiple of 64 bytes, so that items line up in both views.
-        return cls(reader, np.frombuffer(reader.data, dtype), np.frombuffer(reader.data, "<i8"), rows)
+        return cls(reader, np.frombuffer(reader.data, dtype), np.frombuffer(reader.data, "<i8"), rows.tolist())
+
+
+@dataclass(frozen=True, slots=True)
+class _Pieces:
+    """What the windows of a batch take from blocks; a window has one piece for each block it lies in."""
+
+    starts: list[NDArray[np.int64]]
+    """Where the documents of the piece's block begin."""
+    bounds: list[tuple[int, int, int]]
+    """Starts from the first to before the second count; what to add for a position in the batch, row by row."""
+
+    def begins(self) -> NDArray[np.int64]:
+        """Positions in the batch, row by row, at which a further document of a window begins, in order."""
+        if not self.starts:
+            return np.zeros(0, np.int64)
+        counts = np.fromiter(map(len, self.starts), np.int64, len(self.starts))
+        low, high, shift = np.repeat(np.array(self.bounds, np.int64).T, counts, axis=1)
+        starts = np.concatenate(self.starts)
+        return (starts + shift)[(starts >= low) & (starts < high)]
 
 
 class ShardSource(StoredSplit[OpenedShard]):
@@ -94,15 +113,16 @@ class ShardSource(StoredSplit[OpenedShard]):
         first = sample_ids * self.stride
         shards = np.searchsorted(self._first_item, first, side="right") - 1
         blocks, offsets = np.divmod(first - self._first_item[shards], self.split.block_tokens)
-        boundaries: list[NDArray[np.int64]] = []
+        pieces = _Pieces([], [])
         places = zip(shards.tolist(), blocks.tolist(), offsets.tolist(), strict=True)
         for row, (shard, block, offset) in enumerate(places):
-            self._read_window(shard, block, offset, row, tokens, boundaries)
+            self._read_window(shard, block, offset, row, tokens, pieces)
+        begins = pieces.begins()
         labels = tokens[:, 1:].astype(np.int64)
         document_ids = np.zeros((len(sample_ids), self.seq_len), np.int32)
-        if boundaries:
+        if len(begins):
             starts = np.zeros(tokens.shape, np.bool_)
-            starts.ravel()[np.concatenate(boundaries)] = True
+            starts.ravel()[begins] = True
             rows = np.flatnonzero(starts.any(axis=1))
             document_ids[rows] = np.cumsum(starts[rows, :-1], axis=1, dtype=np.int32)
             if self.document_masking:
@@ -113,8 +133,8 @@ class ShardSource(StoredSplit[OpenedShard]):
             "document_ids": torch.from_numpy(document_ids)})
 
     def _read_window(self, shard: int, block: int, offset: int, row: int, tokens: NDArray[Any],
-                     boundaries: list[NDArray[np.int64]]) -> None:
-        """Fill `tokens[row]` from a place on; append the flat positions where a further document begins.
+                     pieces: _Pieces) -> None:
+        """Fill `tokens[row]` from a place on, and note where its documents may begin.
 
         This runs once a window and is kept free of everything that a batch can share.
         """
@@ -122,16 +142,12 @@ class ShardSource(StoredSplit[OpenedShard]):
         filled = 0
         while True:
             opened = self._opened(shard)
-            tokens_at, block_tokens, docs_at, docs = opened.rows[block].tolist()
+            tokens_at, block_tokens, docs_at, docs = opened.rows[block]
             taken = min(length - filled, block_tokens - offset)
             tokens[row, filled:filled + taken] = opened.tokens[tokens_at + offset:tokens_at + offset + taken]
-            starts = opened.docs[docs_at + DOC_START:docs_at + docs * DOC_COLUMNS:DOC_COLUMNS]
-            begin = starts.searchsorted(offset, "right")
-            if filled and not opened.docs[docs_at + DOC_FLAGS] & CONTINUES:
-                begin -= 1
-            end = starts.searchsorted(offset + taken - 1, "right")
-            if begin < end:
-                boundaries.append(starts[begin:end] + (row * length + filled - offset))
+            pieces.starts.append(opened.docs[docs_at + DOC_START:docs_at + docs * DOC_COLUMNS:DOC_COLUMNS])
+            whole = filled and not opened.docs[docs_at + DOC_FLAGS] & CONTINUES
+            pieces.bounds.append((offset if whole else offset + 1, offset + taken, row * length + filled - offset))
             filled += taken
             if filled == length:
                 return

@@ -11,7 +11,7 @@ from typing import Any, Generic, Literal, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.manifest import Manifest, Split
+from data_prep.manifest import LOOKED_AT, Manifest, Split
 from data_prep.shards import verify_shard
 from pretrain.errors import DataCorruption
 
@@ -77,12 +77,24 @@ class StoredSplit(ABC, Generic[Opened]):
             raise DataCorruption(problem)
         self._trusted[shard] = True
 
+    def _require_size(self, shard: int) -> None:
+        """Raise DataCorruption, naming the file, for a shard of another size than the table says, or none."""
+        path, expected = self.split.tar_path(shard), int(self.split.table[shard]["bytes"])
+        try:
+            size = path.stat().st_size
+        except OSError as error:
+            raise DataCorruption(f"{path}: missing or unreadable ({error.strerror})") from None
+        if size != expected:
+            raise DataCorruption(f"{path}: {size} bytes, the table says {expected} (truncated or replaced)")
+
     def _opened(self, shard: int) -> Opened:
         """The mapped shard; hashed first where it has not been yet."""
         opened = self._open.get(shard)
         if opened is None:
             if not self._trusted[shard]:
                 self._verify(shard)
+            elif self.split.n_shards > LOOKED_AT:  # its file may not have been looked at yet
+                self._require_size(shard)
             opened = self._open[shard] = self._map(self.split.tar_path(shard))
             if len(self._open) > self._max_open:
                 self._open.popitem(last=False)

@@ -147,6 +147,28 @@ def test_sizes_and_tables_are_always_checked(dataset, damage, verify):
         open_with(manifest, verify)
 
 
+@pytest.mark.parametrize("damage", ["truncate", "remove"])
+def test_of_many_shards_the_files_are_looked_at_when_first_used(dataset, damage, monkeypatch):
+    manifest = dataset([400], block_tokens=16, blocks_per_shard=5)
+    monkeypatch.setattr("data_prep.manifest.LOOKED_AT", 3)  # shards 0, 2, 4
+    monkeypatch.setattr(stored, "LOOKED_AT", 3)
+    paths = [manifest.folder / f"train-00000{number}.tar" for number in (1, 2)]
+    content = paths[0].read_bytes()
+    for path in paths:
+        if damage == "truncate":
+            os.truncate(path, path.stat().st_size - 512)
+        else:
+            path.unlink()
+        if path == paths[0]:
+            source = open_with(manifest, "off")
+            source.get(np.arange(9))
+            with pytest.raises(DataCorruption, match=path.name):
+                source.get(np.array([11]))
+            path.write_bytes(content)
+    with pytest.raises(DataCorruption, match=paths[1].name):
+        open_with(manifest, "off")
+
+
 def test_wrong_folder_and_split_are_user_errors(dataset, tmp_path):
     with pytest.raises(UserError, match="no dataset here"):
         open_shards(ShardsConfig(path=str(tmp_path / "none")), DataConfig(source=ShardsConfig(path="x")))

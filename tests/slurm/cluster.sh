@@ -134,13 +134,13 @@ ReturnToService=2
 SlurmctldTimeout=30
 SlurmdTimeout=$SLURMD_TIMEOUT
 InactiveLimit=0
-KillWait=5
+KillWait=60
 MinJobAge=7200
 # clusters side by side share one port space in modes plain and hosts: keep job ids apart, so that a
 # MASTER_PORT computed from the job id does not collide
 FirstJobId=$((port - 19999))
-BatchStartTimeout=10
-MessageTimeout=5
+BatchStartTimeout=60
+MessageTimeout=10
 SchedulerType=sched/backfill
 SchedulerParameters=bf_interval=2,sched_interval=2,batch_sched_delay=0,sched_min_interval=0,nohold_on_prolog_fail
 SelectType=select/cons_tres
@@ -163,7 +163,7 @@ EOF
     done
     cat <<EOF
 PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=60 State=UP PriorityTier=10 PreemptMode=OFF
-PartitionName=low   Nodes=ALL MaxTime=INFINITE DefaultTime=60 State=UP PriorityTier=1  PreemptMode=REQUEUE GraceTime=5
+PartitionName=low   Nodes=ALL MaxTime=INFINITE DefaultTime=60 State=UP PriorityTier=1  PreemptMode=REQUEUE GraceTime=60
 EOF
   } >"$S/slurm.conf"
   : >"$S/plugstack.conf"

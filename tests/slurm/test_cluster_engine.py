@@ -17,7 +17,7 @@ from pretrain.runfolder.status import Status
 from slurm.stragglers import by_machine, read_times
 from tests.slurm.cluster import ROOT, Cluster, Trial, payload_config, submitted, until
 
-pytestmark = [pytest.mark.slow, pytest.mark.launch, pytest.mark.timeout(500)]
+pytestmark = [pytest.mark.slow, pytest.mark.launch, pytest.mark.timeout(900)]
 STEPS = 160
 
 
@@ -47,7 +47,7 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, float]]:
 
 def assert_same(trial: Trial, local: list[tuple[int, float]]) -> None:
     """It ended well, with the very losses of the local run and whole checkpoints."""
-    trial.end(240)
+    trial.end(300)
     assert losses(trial.root) == local, trial.log()[-3000:]
     status = Status.read(trial.folder)
     assert status is not None
@@ -102,7 +102,7 @@ def test_torchrun_on_each_machine(cluster: Cluster, tmp_path: Path, local: list[
     """Its ranks are asked through the run folder, because it would die of the signal; the verdict is in the status."""
     loaded = config(tmp_path, launcher="torchrun", nodes=2, tasks_per_node=2)
     trial = submitted(cluster, tmp_path, loaded, monkeypatch, payload=False)
-    until(lambda: trial.step() >= 45, 120)
+    until(lambda: trial.step() >= 45, 200)
     cluster.run("scancel", "--signal=USR1", "--batch", trial.number)
     assert_same(trial, local)
     assert trial.reasons[-1] == "done"
@@ -114,7 +114,7 @@ def test_two_signals_and_two_requeues(cluster: Cluster, tmp_path: Path, local: l
                                       monkeypatch: pytest.MonkeyPatch) -> None:
     trial = submitted(cluster, tmp_path, config(tmp_path), monkeypatch, payload=False)
     for restart in range(2):
-        until(lambda restart=restart: len(trial.history) == restart + 1 and trial.step() >= 45 * (restart + 1), 120)
+        until(lambda restart=restart: len(trial.history) == restart + 1 and trial.step() >= 45 * (restart + 1), 200)
         cluster.run("scancel", "--signal=USR1", "--batch", trial.number)
     assert_same(trial, local)
     assert trial.reasons == ["asked (SIGUSR1)", "asked (SIGUSR1)", "done"]
@@ -127,9 +127,9 @@ def test_two_signals_and_two_requeues(cluster: Cluster, tmp_path: Path, local: l
 def test_a_node_that_crashes_in_the_middle_of_a_step(cluster: Cluster, tmp_path: Path, local: list[tuple[int, float]],
                                                      monkeypatch: pytest.MonkeyPatch) -> None:
     trial = submitted(cluster, tmp_path, config(tmp_path), monkeypatch, payload=False)
-    until(lambda: trial.step() >= 50, 120)
+    until(lambda: trial.step() >= 50, 200)
     cluster.break_down("crash", "n3")
-    until(lambda: trial.history[0].ended or cluster.job(trial.number).state == "PENDING", 120)
+    until(lambda: trial.history[0].ended or cluster.job(trial.number).state == "PENDING", 200)
     cluster.break_down("up", "n3")
     assert_same(trial, local)
     assert len(trial.history) >= 2

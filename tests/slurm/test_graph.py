@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from slurm.history import read_history
 from tests.slurm.cluster import CONFIG, JOB, Cluster, until
 
 pytest.importorskip("submitit", reason="submitit is not installed: it is in the extra [slurm]")
-pytestmark = [pytest.mark.slow, pytest.mark.launch, pytest.mark.timeout(590)]
+pytestmark = [pytest.mark.slow, pytest.mark.launch, pytest.mark.timeout(900)]
 WORDS = ["def", "return", "self", "import", "class", "value", "name", "for", "in", "if", "not", "path", "file", "open"]
 
 
@@ -64,33 +65,42 @@ def outputs(folder: Path) -> str:
 
 
 def test_from_text_to_report_as_one_graph(cluster: Cluster, here: Path) -> None:
-    (here / "run.yaml").write_text(yaml.safe_dump(config(here)))
+    long = config(here, train={"length": "600 steps"}, checkpoint={"every": "200 steps"})
+    (here / "run.yaml").write_text(yaml.safe_dump(long))
     jobs = stages(pretrain("pipeline", "run.yaml", "--prep", "prep.yaml", "--shares", "2"))
     assert list(jobs) == ["prep-read", "prep-encode", "prep-merge", "train", "eval", "report"]
     folder = RunFolder(here / "runs/run")
+    said = folder.slurm_dir / "submitit" / f"{jobs['prep-merge']}_0_log.out"
     try:
-        cluster.wait(jobs["train"], "RUNNING", timeout_s=200)
+        until(lambda: said.exists() and "$ pretrain prep" in said.read_text(), 300)
+        cluster.run("scancel", "--signal=USR2", jobs["prep-merge"])  # as before a preemption
+        cluster.wait(jobs["train"], "RUNNING", timeout_s=300)
+        assert cluster.job(jobs["prep-merge"]).restarts == 1
         assert Manifest.load(here / "set").splits["train"].tokens > 0
-        until(lambda: len(folder.checkpoints()) > 0, 120)
+        until(lambda: len(folder.checkpoints()) > 0)
         cluster.run("scancel", "--signal=USR1", "--batch", jobs["train"])
-        cluster.wait(jobs["report"], "COMPLETED", timeout_s=240)
+        cluster.wait(jobs["report"], "COMPLETED", timeout_s=400)
     except AssertionError as error:
         raise AssertionError(f"{error}\n{outputs(here)}") from None
     status = Status.read(folder)
     assert status is not None
-    assert (status.state, status.step) == ("done", 120)
+    assert (status.state, status.step) == ("done", 600)
+    assert cluster.job(jobs["train"]).restarts == 1
     assert list(folder.eval_dir.rglob("results.json"))
     assert folder.report_file.exists()
     assert read_history(folder)[-1].reason == "done"
+    (here / "next.yaml").write_text(yaml.safe_dump(config(here, name="next")))
+    again = stages(pretrain("pipeline", "next.yaml", "--prep", "prep.yaml"))
+    assert list(again) == ["train", "eval", "report"]  # the data is there
 
 
 def test_what_waits_for_a_failed_job_is_removed(cluster: Cluster, here: Path) -> None:
-    (here / "prep.yaml").write_text("out: set\nsources: []\n")
+    shutil.rmtree(here / "text")
     (here / "run.yaml").write_text(yaml.safe_dump(config(here)))
     jobs = stages(pretrain("pipeline", "run.yaml", "--prep", "prep.yaml", "--shares", "1"))
-    cluster.wait(jobs["prep-read"], "FAILED", timeout_s=60)
+    cluster.wait(jobs["prep-read"], "FAILED", timeout_s=180)
     for name in ("prep-encode", "prep-merge"):
-        cluster.wait(jobs[name], "CANCELLED", timeout_s=60)
+        cluster.wait(jobs[name], "CANCELLED", timeout_s=180)
 
 
 def test_a_sweep_is_an_array_with_a_cap_and_a_table_after_it(cluster: Cluster, here: Path) -> None:
@@ -108,7 +118,7 @@ def test_a_sweep_is_an_array_with_a_cap_and_a_table_after_it(cluster: Cluster, h
         running = cluster.run("squeue", "-h", "-r", "-t", "R", "-j", jobs["runs"], "-o", "%i", check=False).split()
         most = max(most, len(running))
         return cluster.job(jobs["table"]).state not in ("PENDING", "RUNNING", "COMPLETING")
-    until(ended, 240, every_s=0.5)
+    until(ended, 450, every_s=0.5)
     states = {path.parent.name: path.read_text() for path in here.rglob("runs/pair/*/status.json")}
     assert len(states) == 2, outputs(here)
     assert all('"state": "done"' in text for text in states.values())
@@ -121,9 +131,14 @@ def test_only_new_checkpoints_are_evaluated(cluster: Cluster, here: Path) -> Non
     short = config(here, slurm={**JOB, "nodes": 1}, train={"length": "80 steps"})
     (here / "run.yaml").write_text(yaml.safe_dump(short))
     train = pretrain("submit", "run.yaml").split()[2].rstrip(":")
-    cluster.wait(train, "COMPLETED", timeout_s=200)
+    waiting = stages(pretrain("eval-new", "runs/run", "--after", train))["eval-new"]
+    cluster.wait(waiting, "COMPLETED", timeout_s=400)
+    assert len(list((here / "runs/run/eval").rglob("results.json"))) == 2, outputs(here)
+    assert pretrain("eval-new", "runs/run") == "no checkpoint is new\n"
+    shutil.rmtree(here / "runs/run/eval")
+    (here / "runs/run/slurm/evaluated.json").unlink()
     text = pretrain("eval-new", "runs/run", "--at-once", "1")
     assert "steps 40, 80" in text
-    cluster.wait(stages(text)["eval-new"], "COMPLETED", timeout_s=200)
+    cluster.wait(stages(text)["eval-new"], "COMPLETED", timeout_s=400)
     assert len(list((here / "runs/run/eval").rglob("results.json"))) == 2, outputs(here)
     assert pretrain("eval-new", "runs/run") == "no checkpoint is new\n"

@@ -139,7 +139,7 @@ def test_a_bad_machine_is_left_out_and_the_job_goes_on_elsewhere(cluster: Cluste
     assert load_run_config(frozen).config.slurm is not None
     assert path.exists()
     trial.numbers[:] = [cluster.run("sbatch", "--parsable", str(script)).strip()]
-    job = trial.end(60)
+    job = trial.end()
     assert_undisturbed(trial, 30)
     assert job.restarts == 1
     first, second = trial.history

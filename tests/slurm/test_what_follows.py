@@ -221,6 +221,15 @@ def test_a_link_of_a_chain_that_is_done_does_nothing(folder: RunFolder, monkeypa
     assert batch.begin(folder, slurm(restart="chain"), FACTS) == NOTHING_TO_DO
 
 
+def test_a_link_of_a_chain_that_waits_for_a_person_fails(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What waits for the success of the last link must not begin."""
+    note_submission(folder, ["7", "8"])
+    batch.begin(folder, slurm(restart="chain"), FACTS)
+    note(folder, "end", "7", 0, ended=1.0, reason="diverged", code=4, action="finish")
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    assert batch.begin(folder, slurm(restart="chain"), FACTS) == ExitCode.INTERNAL
+
+
 def test_torn_lines_of_the_history_are_passed_over(folder: RunFolder) -> None:
     batch.begin(folder, slurm(), FACTS)
     with open(starts_file(folder), "a") as file:
