@@ -46,6 +46,8 @@ from pretrain.runfolder.publish import hash_file
 
 TEXT_BYTES = 6_000_000
 GOAL, WORKERS_GOAL = 0.9, 1.8
+BUSY = 1.5
+"""Load of the machine, this benchmark's own 1 included, from which on wall time with two processes says nothing."""
 STEPS: dict[str, dict[str, Any]] = {
     "none": {}, "normalize": {"clean": {"normalize": {}}}, "mask": {"clean": {"pii": {}}},
     "quality": {"clean": {"quality": {}}}, "web": {"clean": {"web": {}}},
@@ -172,11 +174,15 @@ def main() -> None:
         tokenizer = made.folder / "tokenizer.json"
         speed, found = writing(root, tokenizer), copies(root)
         costs, hashing, audits = steps(root), verify(made.folder), audit_speed(made.folder)
-        scaling = workers(root, tokenizer)
+        load = os.getloadavg()[0]
+        scaling = workers(root, tokenizer) if load < BUSY else f"not measured: the load of the machine was {load:.1f}"
     print(f"writing {speed.ours}\nlibrary {speed.other}\nratio {speed.ratio}; goal {GOAL:g}: "
           f"{'met' if speed.ratio.median >= GOAL else 'MISSED'}")
-    print(f"1 worker over 2: {scaling.ratio}; goal {WORKERS_GOAL:g}: "
-          f"{'met' if scaling.ratio.median >= WORKERS_GOAL else 'MISSED'}")
+    if isinstance(scaling, str):
+        print(f"1 worker over 2: {scaling}")
+    else:
+        print(f"1 worker over 2: {scaling.ratio}; goal {WORKERS_GOAL:g}: "
+              f"{'met' if scaling.ratio.median >= WORKERS_GOAL else 'MISSED'}")
     print(f"near copies: {found}\nverify over plain hashing: {hashing.ratio} ({hashing.ours})")
     for label, summary in {**costs, **{f"audit, {k}": v for k, v in audits.items()}}.items():
         print(f"{label}: {summary}")

@@ -121,12 +121,12 @@ class ShardSource(StoredSplit[OpenedShard]):
         labels = tokens[:, 1:].astype(np.int64)
         document_ids = np.zeros((len(sample_ids), self.seq_len), np.int32)
         if len(begins):
-            starts = np.zeros(tokens.shape, np.bool_)
-            starts.ravel()[begins] = True
-            rows = np.flatnonzero(starts.any(axis=1))
-            document_ids[rows] = np.cumsum(starts[rows, :-1], axis=1, dtype=np.int32)
+            rows, columns = np.divmod(begins, tokens.shape[1])
             if self.document_masking:
-                labels[starts[:, 1:]] = IGNORE_LABEL
+                labels[rows, columns - 1] = IGNORE_LABEL  # a window's own first token is no beginning
+            inside = columns < self.seq_len
+            document_ids[rows[inside], columns[inside]] = 1
+            np.cumsum(document_ids, axis=1, out=document_ids)
         return Batch(torch.from_numpy(sample_ids.astype(np.int64)), {
             "input_ids": torch.from_numpy(tokens[:, :-1].astype(np.int64)),
             "labels": torch.from_numpy(labels),

@@ -33,6 +33,7 @@ class StoredSplit(ABC, Generic[Opened]):
         """Raises UserError for a split that the dataset does not have."""
         self.manifest = manifest
         self.split: Split = manifest.split(split)
+        self._n_shards = self.split.n_shards  # asked for once a window
         self._first_item = self.split.table["first_token"].astype(np.int64)
         self._open: OrderedDict[int, Opened] = OrderedDict()
         # Anonymous shared memory: what one loader process has hashed, its siblings need not hash again.
@@ -98,7 +99,7 @@ class StoredSplit(ABC, Generic[Opened]):
             opened = self._open[shard] = self._map(self.split.tar_path(shard))
             if len(self._open) > self._max_open:
                 self._open.popitem(last=False)
-        elif self.split.n_shards > self._max_open:
+        elif self._n_shards > self._max_open:
             self._open.move_to_end(shard)
         return opened
 
