@@ -115,8 +115,9 @@ class TokenizerConfig(Section):
     path: str | None = Field(None, description="tokenizer.json, a folder with a tokenizer of transformers or a "
                              "name of the hub, used as it is; null: train one")
     revision: str | None = Field(None, description="commit or tag on the hub; null: the newest")
-    model: Literal["bpe", "unigram", "wordpiece"] = Field("bpe", description="of a trained one; bpe works on bytes, "
-                                                          "unigram falls back to bytes, wordpiece has [UNK]")
+    model: Literal["bpe", "unigram", "wordpiece", "identifiers"] = Field(
+        "bpe", description="of a trained one; bpe works on bytes, unigram falls back to bytes, wordpiece has [UNK]; "
+                           "identifiers: wordpieces of words and parts of identifiers, no punctuation, to search code")
     vocab_size: int = Field(8192, ge=258, le=1 << 20, description="ids of a trained tokenizer, special tokens included")
     min_frequency: int = Field(2, ge=1, description="a pair seen less often is not merged (training only)")
     sample_bytes: int = Field(256 << 20, ge=1, description="train split text the training sees at most, in UTF-8 bytes")

@@ -1,9 +1,10 @@
 """Training a tokenizer on the train split.
 
 Bytes are the alphabet of `bpe` and `unigram`: no text is unknown to them and none is lost. `wordpiece` is BERT's:
-lower case, accents off, [UNK] for what it cannot spell. `bpe` and `wordpiece` come out the same from the same texts;
-`unigram` does not, as its library sums in an order of its own. Everything after training is reproducible with the
-tokenizer.json that was written.
+lower case, accents off, [UNK] for what it cannot spell. `identifiers` is for searching code: wordpieces of lower-case
+words and of the parts of identifiers (`getHTTPResponse_v2` is get, http, response, v, 2), punctuation left out. All but
+`unigram` come out the same from the same texts; its library sums in an order of its own. Everything after training is
+reproducible with the tokenizer.json that was written.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from data_prep.clean_config import TokenizerConfig
 from data_prep.corpus import KEPT, Corpus
@@ -22,6 +23,8 @@ from data_prep.corpus import KEPT, Corpus
 UNKNOWN = "[UNK]"
 _CONTINUES = "##"
 _BINS = 1 << 16
+_CASE = "(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])"
+"""Places between the words of an identifier."""
 
 
 def sample_limit(corpus: Corpus, train: int, max_bytes: int) -> int:
@@ -53,7 +56,7 @@ def sample_limit(corpus: Corpus, train: int, max_bytes: int) -> int:
 
 def train_tokenizer(texts: Callable[[], Iterable[str]], config: TokenizerConfig) -> Tokenizer:
     """A tokenizer of `config.model`: id 0 ends documents, id 1 pads. `texts` may be called more than once."""
-    if config.model == "wordpiece":
+    if config.model in ("wordpiece", "identifiers"):
         return _wordpiece(texts, config)
     specials = [config.eos_token, config.pad_token]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -74,8 +77,14 @@ def train_tokenizer(texts: Callable[[], Iterable[str]], config: TokenizerConfig)
 
 def _wordpiece(texts: Callable[[], Iterable[str]], config: TokenizerConfig) -> Tokenizer:
     tokenizer = Tokenizer(models.WordPiece(unk_token=UNKNOWN))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    if config.model == "identifiers":
+        tokenizer.normalizer = normalizers.Sequence([
+            normalizers.NFKC(), normalizers.Replace(Regex(_CASE), " "), normalizers.Replace(Regex(r"[\W_]+"), " "),
+            normalizers.Lowercase()])
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Digits()])
+    else:
+        tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece(prefix=_CONTINUES)
     counts: Counter[str] = Counter()
     for text in texts():

@@ -151,3 +151,17 @@ def merge(
 
 def _decoded(tokenizer: Tokenizer | None, ids: list[int]) -> str:
     return tokenizer.decode(ids, skip_special_tokens=False) if tokenizer else " ".join(map(str, ids))
+
+
+@app.command()
+def beir(
+    folder: DatasetArgument,
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    split: Annotated[str, typer.Option(help="Split whose queries are judged.")] = "test",
+    pool: Annotated[int | None, typer.Option(min=2, help="Passages, filled up from split train; default: those of the "
+                                             "split alone.")] = None,
+) -> None:
+    """Write a split of pairs as a BEIR folder of whole texts; mined ones are read from the packages again."""
+    from data_prep.beir import write_beir
+    counts = write_beir(folder, split, out, pool=pool)
+    typer.echo(f"{out}: {counts.queries:,} queries, {counts.passages:,} passages, {counts.added:,} of them from train")

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from test_pipeline import hashes, killed
 
+from data_prep.beir import write_beir
+from data_prep.clean_config import TokenizerConfig
 from data_prep.config import PrepConfig
 from data_prep.manifest import Manifest, PairsRecord, write_manifest
 from data_prep.pairs import PairReader, PairWriter, TokenPair, stored_pairs
@@ -21,8 +23,9 @@ from data_prep.python_pairs import Mined, mine
 from data_prep.source_config import PythonPairsSource
 from data_prep.tokenizer import load_tokenizer, special_ids
 from data_prep.verify import verify_dataset
+from evaluation.embedding_data import read_beir
 from pretrain.cli.main import main
-from pretrain.errors import ConfigError, UserError
+from pretrain.errors import ConfigError, DataCorruption, UserError
 
 TEXT = st.lists(st.integers(0, 999), min_size=1, max_size=9)
 NEGATIVE = st.tuples(TEXT, st.integers(0, 2**64 - 1), st.none() | st.floats(-8, 8, width=32))
@@ -197,6 +200,29 @@ def test_no_query_package_or_body_is_in_two_splits(mined):
     assert sum(counts.values()) == 36
     assert counts["query_in_other_split"] > 0 < counts["passage_in_other_split"]
     assert counts["kept"] == sum(map(len, found.values()))
+
+
+@pytest.mark.parametrize("model", ["bpe", "identifiers"])
+def test_a_split_becomes_a_beir_folder_of_whole_texts(mined, packages, tmp_path, model):
+    """Decoded, or mined again where the tokenizer loses punctuation; a package that changed is told."""
+    config = mined.model_copy(update={"out": str(tmp_path / "d"),
+                                      "tokenizer": TokenizerConfig(vocab_size=300, model=model)})
+    manifest = prepare(config)
+    counts = write_beir(manifest.folder, "test", tmp_path / "beir", pool=12)
+    judged = read_beir(tmp_path / "beir")
+    want = contents(mined.out)["test"]
+    assert {(judged.queries[q], judged.passages[p]) for q, found in enumerate(judged.relevant) for p in found} == {
+        (pair["q"], pair["p"]) for pair in want}
+    assert (len(judged.passages), counts.passages, counts.added) == (12, 12, 12 - len({pair["p"] for pair in want}))
+    if model == "identifiers":
+        file = packages / want[0]["path"]
+        text = file.read_text()
+        try:
+            file.write_text(text.replace("total = ", "other = "))
+            with pytest.raises(DataCorruption, match="the package changed"):
+                write_beir(manifest.folder, "test", tmp_path / "beir")
+        finally:
+            file.write_text(text)
 
 
 def test_a_killed_run_of_pairs_is_made_whole_with_any_number_of_workers(mined, tmp_path):

@@ -24,6 +24,7 @@ from data_prep.tokenizer import (
     vocab_size,
 )
 from data_prep.tokenizer_training import sample_limit, train_tokenizer
+from evaluation.bm25 import words
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +116,15 @@ def test_training_orders_special_tokens_first_and_is_reproducible_where_it_says_
     assert eos_id(first, config) == 0
     assert [t.content for t in first.get_added_tokens_decoder().values()] == [
         "<|endoftext|>", "<|pad|>", *(["[UNK]"] if model == "wordpiece" else [])]
+
+
+def test_identifiers_are_the_words_that_bm25_counts():
+    """Of ASCII text: case, underscores and digits part words, and nothing else remains."""
+    texts = ["getHTTPResponse_v2(self, fooBar)", "XMLParser a_b if not x:", "parse_xml12 {'key': [1.5]}"] * 3
+    tokenizer = train_tokenizer(lambda: texts, TokenizerConfig(vocab_size=300, model="identifiers", min_frequency=1))
+    for text in texts:
+        assert tokenizer.decode(tokenizer.encode(text).ids).split() == words(text)
+    assert tokenizer.encode("get_http_response V2 self foo bar").ids == tokenizer.encode(texts[0]).ids
 
 
 @settings(deadline=None, derandomize=True, max_examples=100)
