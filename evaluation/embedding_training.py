@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from evaluation.embedding import Ranking, cut_vectors
 from evaluation.embedding_data import ScoredPairs, StoredJudgements, judgements_of_split, read_scored_pairs
 from evaluation.vectors import TextTokens, View, encode
 from pretrain.config.contrastive import ContrastiveConfig
-from pretrain.config.interval import Interval
+from pretrain.config.interval import Interval, Progress
 from pretrain.config.run import EmbeddingEvalConfig, RunConfig
 from pretrain.config.source import PairsConfig
 from pretrain.data.open import PADDING_ID, VALIDATION_SPLIT, eval_batches, open_validation
@@ -28,17 +28,21 @@ from pretrain.errors import ConfigError
 from pretrain.metrics.collapse import effective_rank, mean_cosine
 from pretrain.metrics.retrieval import exact_search
 from pretrain.metrics.sts import cosines, spearman, spearman_interval
+from pretrain.models.base import EncoderOutput
 from pretrain.objectives.embedding_terms import Layout, Triplets, accuracy, scene, terms
 from pretrain.objectives.text_chunks import Texts
 
 LOSS_BATCH = 32
 """Triplets of a contrastive batch of the validation loss."""
+ANOMALY_STD, SPECTRAL_ENTROPY = 0.01, 1.0
+"""Of different texts: least spread of the anomaly score, least entropy of the spectral vector in nats."""
 _log = logging.getLogger("pretrain")
 
 
 class EmbeddingEvaluator:
-    """Metrics `val/loss`, `val/accuracy`, `val/ndcg@10`, `val/recall@10`, `val/effective_rank`, `val/mean_cosine`, and
-    with `eval.embedding.sts` also `val/sts_spearman` (all pairs) and `val/sts_quick` (a fixed subset, a log line).
+    """Metrics `val/loss`, `val/accuracy`, `val/ndcg@10`, `val/recall@10`, `val/effective_rank`, `val/mean_cosine`, of
+    Spectra `val/anomaly_std` and `val/spectral_entropy`, and with `eval.embedding.sts` also `val/sts_spearman` (all
+    pairs) and `val/sts_quick` (a fixed subset, a log line).
     """
 
     name = "embedding"
@@ -62,6 +66,9 @@ class EmbeddingEvaluator:
             if self._pairs is None:
                 self._pairs = read_scored_pairs(Path(self._config.sts))
             found |= self._sts(view, tokens, self._pairs)
+        if view.rank == 0:
+            for warning in health_warnings(found, view, self._config):
+                _log.warning("[HEALTH] %s", warning)
         return EvalResult(found)
 
     def _loss(self, view: RunView) -> dict[str, Metric]:
@@ -111,6 +118,11 @@ class EmbeddingEvaluator:
         whole = next(iter(searched.values()))[:self._config.collapse_texts]
         found["val/effective_rank"] = Metric(effective_rank(whole), len(whole), True)
         found["val/mean_cosine"] = Metric(mean_cosine(whole), len(whole), False)
+        rows = passages[:self._config.collapse_texts]
+        branches = encode(view, rows, pad_id=tokens.pad_id, pick=spectra_figures)
+        if branches:
+            found["val/anomaly_std"] = Metric(float(branches["anomaly"].double().std()), len(rows), True)
+            found["val/spectral_entropy"] = Metric(float(branches["entropy"].double().mean()), len(rows), True)
         return found
 
     def _sts(self, view: RunView, tokens: TextTokens, pairs: ScoredPairs) -> dict[str, Metric]:
@@ -131,6 +143,37 @@ class EmbeddingEvaluator:
             _log.info("[MONITOR] STS-B: %.4f%s", value, beside)
         return {"val/sts_spearman": Metric(value, n, True, spearman_interval(alike, gold, resamples=200)),
                 "val/sts_quick": Metric(quick, len(subset), True)}
+
+
+def spectra_figures(output: EncoderOutput) -> dict[str, torch.Tensor]:
+    """Of encoders that have them: each text's anomaly score and the entropy of its spectral vector in nats, [b, 1]."""
+    aux = output.aux or {}
+    if "anomaly_score" not in aux or "spectral" not in aux:
+        return {}
+    shares = aux["spectral"].float().softmax(-1)
+    return {"anomaly": aux["anomaly_score"].float()[:, None],
+            "entropy": -torch.xlogy(shares, shares).sum(-1, keepdim=True)}
+
+
+def health_warnings(found: Mapping[str, Metric], view: RunView, config: EmbeddingEvalConfig) -> list[str]:
+    """What an evaluation says of a model that has collapsed; nothing before `health_after` (section 10)."""
+    batch = view.config.batch.resolve(view.world)
+    samples = view.step * batch.global_batch_size
+    done = Progress(steps=view.step, micro_steps=view.step * batch.gradient_accumulation_steps, samples=samples,
+                    tokens=samples * view.config.data.seq_len)
+    if done.in_unit(config.health_after.unit) < config.health_after.amount:
+        return []
+    rules = (("val/mean_cosine", ">", config.collapse_warn, "the vectors of different texts have come to look alike"),
+             ("val/effective_rank", "<", config.rank_warn, "the vectors use few of their dimensions"),
+             ("val/anomaly_std", "<", ANOMALY_STD, "the anomaly score is the same for all texts"),
+             ("val/spectral_entropy", "<", SPECTRAL_ENTROPY, "the spectral vectors stand on one coordinate"))
+    told = []
+    for name, sign, limit, meaning in rules:
+        value = found[name].value if name in found else None
+        if value is not None and (value > limit if sign == ">" else not value >= limit):
+            told.append(f"step {view.step}: {name} {value:.3g} is {'above' if sign == '>' else 'below'} {limit:g}: "
+                        f"{meaning}")
+    return told
 
 
 def progress_name(view: RunView) -> str:

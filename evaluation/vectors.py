@@ -26,6 +26,8 @@ BATCH_SIZE = 64
 Rows = Sequence[Sequence[int]]
 """Token ids of texts, special ones included."""
 
+Pick = Callable[[EncoderOutput], dict[str, torch.Tensor]]
+
 
 class View(Protocol):
     """What encoding needs of a model: `RunView` has it, `Alone` gives it to a model in this process."""
@@ -93,7 +95,7 @@ class TextTokens:
 
 @torch.no_grad()
 def encode(view: View, rows: Rows, *, pad_id: int, heads: Sequence[str] | None = None, batch_size: int = BATCH_SIZE,
-           progress: Callable[[int], None] | None = None) -> dict[str, torch.Tensor]:
+           progress: Callable[[int], None] | None = None, pick: Pick | None = None) -> dict[str, torch.Tensor]:
     """Vectors of rows of ids by head, on every rank. Collective.
 
     Args:
@@ -103,6 +105,7 @@ def encode(view: View, rows: Rows, *, pad_id: int, heads: Sequence[str] | None =
         heads: which heads; None: the model's default one, under its name.
         batch_size: rows a forward.
         progress: told the number of rows after each of this rank's forwards.
+        pick: in place of `heads`: what is kept of an output, [b, d] by name.
 
     Returns:
         fp32 [n, d] by head, in the order of `rows`.
@@ -119,7 +122,7 @@ def encode(view: View, rows: Rows, *, pad_id: int, heads: Sequence[str] | None =
         chosen = batches[min(index, len(batches) - 1)]
         ids, mask = pad([rows[i] for i in chosen], pad_id)
         output = view.forward(input_ids=ids.to(view.device), attention_mask=mask.to(view.device))
-        for name, vectors in _chosen(output, heads).items():
+        for name, vectors in (pick(output) if pick is not None else _chosen(output, heads)).items():
             if name not in found:
                 found[name] = torch.zeros(len(rows), vectors.shape[-1], device=view.device)
             if index < len(batches):

@@ -60,7 +60,8 @@ _KEYS: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     (ROUNDING, ("engine.precision", "engine.compile", "engine.deterministic", "engine.deepspeed")),
     (FREE, ("name", "runs_dir", "data.workers", "data.prefetch", "batch.micro_batch_size",
             "batch.gradient_accumulation_steps", "train.max_hours", "train.init_from", "train.resume",
-            "train.target_perplexity", "train.patience", "train.gates_at_start", "engine.zero_stage",
+            "train.target_perplexity", "train.patience", "train.patience_delta", "train.patience_after",
+            "train.gates_at_start", "engine.zero_stage",
             "engine.offload.optimizer", "engine.offload.parameters", "engine.activation_checkpointing",
             "engine.zero3_init", "checkpoint.every", "checkpoint.keep_last", "checkpoint.keep_best",
             "checkpoint.keep_every", "checkpoint.async_save", "checkpoint.mirror.path", "checkpoint.mirror.every",
@@ -71,7 +72,7 @@ _KEYS: tuple[tuple[Rule, tuple[str, ...]], ...] = (
 )
 TABLE: dict[str, Rule] = {key: rule for rule, keys in _KEYS for key in keys}
 """Rules by key; one of a section holds for all of it."""
-REOPENS = frozenset({"train.patience", "train.target_perplexity"})
+REOPENS = frozenset({"train.patience", "train.patience_delta", "train.patience_after", "train.target_perplexity"})
 """Changes after which a run that has ended early is not taken for finished."""
 _CURE = "set it back, or branch off: `pretrain train CONFIG --branch NAME`"
 _MODEL_CURE = "set it back, give the run another name, or start it with train.init_from"

@@ -85,6 +85,9 @@ class TrainConfig(Section):
     resume: Literal["auto", "never"] = Field("auto", description="auto: go on from the newest checkpoint of the run")
     target_perplexity: float | None = Field(None, gt=1, description="stop once validation perplexity is at or below")
     patience: int | None = Field(None, ge=1, description="stop after this many evaluations without improvement")
+    patience_delta: float = Field(0.0, ge=0, description="improvement by no more than this is none to patience; the "
+                                  "best checkpoint is the best all the same")
+    patience_after: Interval | None = Field(None, description="evaluations before this do not count; null: all do")
     gates_at_start: bool = Field(False, description="run the model gates before the first step; exit 5 if one fails")
 
 
@@ -139,6 +142,9 @@ class EmbeddingEvalConfig(Section):
     pool: int = Field(2000, ge=2, description="passages searched: those of the split, filled up from train")
     collapse_texts: int = Field(512, ge=2, description="passages whose effective rank and mean cosine are told")
     loss_triplets: int | None = Field(2000, ge=32, description="triplets of val/loss; null: the whole split")
+    health_after: Interval = Field(Interval(5000, "micro_steps"), description="warn of collapse from here on")
+    collapse_warn: float = Field(0.8, gt=-1, le=1, description="val/mean_cosine above which vectors have collapsed")
+    rank_warn: float = Field(64.0, ge=1, description="val/effective_rank below which they have")
 
 
 class EvalConfig(Section):

@@ -78,17 +78,20 @@ class Evaluations:
                                 f"{', '.join(sorted(results))}")
             error.agreed = True  # results are equal on all ranks
             raise error
-        return select and self._judge(results, state)
+        return select and self._judge(results, state, progress)
 
-    def _judge(self, results: dict[str, Metric], state: RunState) -> bool:
+    def _judge(self, results: dict[str, Metric], state: RunState, progress: Progress) -> bool:
         """Select, cut the rate on a plateau, stop early."""
         chosen = results.get(self.config.eval.metric)
         if chosen is None:
             return False
-        improved = state.observe(chosen.value, higher_is_better=chosen.higher_is_better)
+        train = self.config.train
+        after = train.patience_after
+        counts = after is None or progress.in_unit(after.unit) >= after.amount
+        improved = state.observe(chosen.value, higher_is_better=chosen.higher_is_better,
+                                 least_gain=train.patience_delta, counts=counts)
         if self.lr.observe(-chosen.value if chosen.higher_is_better else chosen.value):
             _log.info("plateau: learning-rate factor cut to %g", self.lr.plateau.factor)
-        train = self.config.train
         perplexity = results.get("val/perplexity")
         if train.patience and state.evaluations_without_improvement >= train.patience:
             state.stopped_early = f"no improvement of {self.config.eval.metric} in {train.patience} evaluations"

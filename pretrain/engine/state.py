@@ -37,6 +37,8 @@ class RunState:
     best_steps: list[int] = field(default_factory=list)
     """Steps at which the selecting metric improved, in order: the last ones are the best."""
     evaluations_without_improvement: int = 0
+    patience_best: float | None = None
+    """The figure when patience last started over."""
     lr_override: float | None = None
     stopped_early: str | None = None
     rewinds: list[Rewind] = field(default_factory=list)
@@ -49,24 +51,29 @@ class RunState:
         return Progress(steps=self.step, micro_steps=self.k * batch.gradient_accumulation_steps, samples=samples,
                         tokens=samples * seq_len, epoch_samples=epoch_samples)
 
-    def observe(self, value: float, *, higher_is_better: bool) -> bool:
-        """Tell the state the figure that selects the best model. True where it is a new best."""
-        if not math.isfinite(value):
-            improved = False
-        elif self.best is None:
-            improved = True
-        else:
-            improved = value > self.best if higher_is_better else value < self.best
-        if improved:
-            self.best, self.evaluations_without_improvement = value, 0
-            self.best_steps.append(self.step)
-        else:
+    def observe(self, value: float, *, higher_is_better: bool, least_gain: float = 0.0, counts: bool = True) -> bool:
+        """Tell the state the figure that selects the best model. True where it is a new best.
+
+        Patience starts over where the figure is better by more than `least_gain` than when it last did; where it is
+        not, an evaluation that `counts` has brought no improvement.
+        """
+        sign, finite = 1 if higher_is_better else -1, math.isfinite(value)
+        if self.patience_best is None:
+            self.patience_best = self.best
+        if finite and (self.patience_best is None or sign * (value - self.patience_best) > least_gain):
+            self.patience_best, self.evaluations_without_improvement = value, 0
+        elif counts:
             self.evaluations_without_improvement += 1
+        improved = finite and (self.best is None or sign * (value - self.best) > 0)
+        if improved:
+            self.best = value
+            self.best_steps.append(self.step)
         return improved
 
     def judge_anew(self) -> None:
         """Forget the best: what comes is judged otherwise."""
         self.best, self.best_steps, self.evaluations_without_improvement, self.stopped_early = None, [], 0, None
+        self.patience_best = None
 
     def to_json(self) -> dict[str, Any]:
         """JSON scalars and lists."""

@@ -69,6 +69,22 @@ def test_plateau_remembers_through_a_restart() -> None:
     assert other.factor(0) == 0.5
 
 
+def test_patience_asks_for_a_least_gain_and_counts_from_where_it_is_told():
+    state = RunState()
+    seen = []
+    for step, value in enumerate((0.50, 0.5005, 0.5009, 0.5025, 0.5024, float("nan"))):
+        state.step = step
+        best = state.observe(value, higher_is_better=True, least_gain=0.001)
+        seen.append((best, state.evaluations_without_improvement))
+    # 0.5009 is no more than 0.001 above 0.50; small gains add up until they are.
+    assert seen == [(True, 0), (True, 1), (True, 2), (True, 0), (False, 1), (False, 2)]
+    assert (state.best, state.best_steps, state.patience_best) == (0.5025, [0, 1, 2, 3], 0.5025)
+    assert not state.observe(0.4, higher_is_better=True, counts=False)
+    assert state.evaluations_without_improvement == 2
+    older = RunState.from_json({"best": 0.5, "best_steps": [3]})
+    assert not older.observe(0.4, higher_is_better=True) and older.evaluations_without_improvement == 1
+
+
 def test_state_survives_json_and_counts_evaluations() -> None:
     state = RunState(k=9, step=7)
     seen = [state.observe(v, higher_is_better=False) for v in (3.0, 3.5, 2.0, float("nan"))]

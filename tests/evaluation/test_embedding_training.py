@@ -13,10 +13,10 @@ import torch
 
 from data_prep.config import PrepConfig
 from data_prep.pipeline import prepare
-from evaluation.embedding_training import EmbeddingEvaluator, progress_name
+from evaluation.embedding_training import EmbeddingEvaluator, health_warnings, progress_name, spectra_figures
 from pretrain.config.run import RunConfig
-from pretrain.engine.evaluator import EvalResult
-from pretrain.models.base import BuildContext
+from pretrain.engine.evaluator import EvalResult, Metric
+from pretrain.models.base import BuildContext, EncoderOutput
 from pretrain.models.baseline.family import build
 from pretrain.models.baseline.schema import BaselineConfig
 
@@ -123,3 +123,29 @@ def test_where_a_run_stands_is_told_in_the_unit_of_its_interval(config: RunConfi
     view = View(changed, torch.nn.Identity(), 0, 2, {}, threading.Barrier(1))
     view.step = step
     assert progress_name(view) == told
+
+
+def test_a_collapsed_model_is_told_and_a_healthy_one_is_not(config: RunConfig) -> None:
+    view = View(config, torch.nn.Identity(), 0, 1, {}, threading.Barrier(1))
+    view.step = 1250  # 4 micro-steps each: 5000
+    healthy = {"val/mean_cosine": 0.3, "val/effective_rank": 200.0, "val/anomaly_std": 0.02,
+               "val/spectral_entropy": 3.0}
+    sick = {"val/mean_cosine": 0.81, "val/effective_rank": float("nan"), "val/anomaly_std": 0.009,
+            "val/spectral_entropy": 0.9}
+
+    def told(values: Mapping[str, float]) -> list[str]:
+        return health_warnings({k: Metric(v, 512, True) for k, v in values.items()}, view, config.eval.embedding)
+    assert told(healthy) == []
+    assert [line.split()[2] for line in told(sick)] == list(sick)
+    assert told({"val/mean_cosine": 0.81})[0].startswith("step 1250: val/mean_cosine 0.81 is above 0.8:")
+    view.step = 1249
+    assert told(sick) == []
+
+
+def test_equal_vectors_are_a_collapse_and_spectra_tells_of_its_branches() -> None:
+    spectral = torch.tensor([[0.0, 0.0, 0.0, 0.0], [50.0, 0.0, 0.0, 0.0]])
+    figures = spectra_figures(EncoderOutput(heads={}, default="x", aux={
+        "anomaly_score": torch.tensor([0.1, 0.3]), "spectral": spectral}))
+    assert figures["entropy"].flatten().tolist() == pytest.approx([1.386294, 0.0], abs=1e-5)
+    assert figures["anomaly"].shape == (2, 1)
+    assert spectra_figures(EncoderOutput(heads={}, default="x", aux={})) == {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -11,13 +11,15 @@ from transformers import PreTrainedModel
 
 from pretrain.config.run import OptimConfig, RunConfig
 from pretrain.errors import UserError
-from pretrain.models.base import BuildContext, EngineStartContext, Family, Hooks, ParamGroup
+from pretrain.models.base import BuildContext, Diagnosis, EngineStartContext, Family, Hooks, ParamGroup
 from pretrain.models.build import build_seeded
 from pretrain.models.spectra.hf_config import hf_config
 from pretrain.models.spectra.model import SpectraForMaskedLM, SpectraModel
 from pretrain.models.spectra.schema import SpectraConfig
 
 TRUNK = "trunk."
+GRAD_WARN = 100.0
+"""Gradient norm that is worth a line in any run."""
 
 
 def build(cfg: SpectraConfig, ctx: BuildContext) -> PreTrainedModel:
@@ -75,6 +77,16 @@ def hooks(config: RunConfig) -> Hooks:
     return SpectraHooks(config.model.trunk_init)
 
 
+def diagnostics(model: PreTrainedModel, metrics: Mapping[str, float]) -> list[Diagnosis]:
+    """Section 10 of the specification: a gradient that explodes is told from the first update on. What tells of
+    collapse is judged where it is measured, at evaluations."""
+    norm = metrics.get("grad_norm")
+    if norm is not None and norm > GRAD_WARN:
+        return [Diagnosis("E1", f"gradient norm {norm:.3g} before clipping is above {GRAD_WARN:g}",
+                          "a lower optim.lr, a longer schedule.warmup, model.norm_position: pre")]
+    return []
+
+
 FAMILY = Family(
     name="spectra",
     schema=SpectraConfig,
@@ -82,4 +94,5 @@ FAMILY = Family(
     parameter_groups=parameter_groups,
     objectives=frozenset({"contrastive", "masked_lm"}),
     hooks=hooks,
+    diagnostics=diagnostics,
 )
