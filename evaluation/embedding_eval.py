@@ -100,8 +100,7 @@ def evaluate_retrieval(target: Target, request: Request, command: list[str]) -> 
     pool = _pool(target, encoder, request)
     metrics = retrieval(encoder, pool.queries, pool.passages, pool.relevant, _cuts(encoder, request), seed=request.seed)
     if request.baselines:
-        texts = [pool.text(row) for row in pool.queries], [pool.text(row) for row in pool.passages]
-        queries, passages = pool.texts or texts
+        queries, passages = pool.texts
         ranked = bm25_search(queries, passages, max(RECALL_AT))
         metrics |= Ranking(ranked, pool.relevant).metrics(f"{RETRIEVAL}/BM25", request.seed)
         for name, other in _references(target, request):
@@ -131,18 +130,14 @@ class _Pool:
     relevant: list[dict[int, float]]
     name: str
     path: str
-    tokens: TextTokens
-    texts: tuple[list[str], list[str]] | None = None
-    """Queries and passages, where they were given as text."""
+    texts: tuple[list[str], list[str]]
+    """Queries and passages, whole: references read all of a text, whatever the model's own limit is. Of stored pairs
+    they are what the tokenizer makes of the ids, which is the text itself for byte-level ones."""
 
     def described(self) -> dict[str, Any]:
         """What figures of this pool stand beside."""
         digest = hashlib.sha256(json.dumps([self.queries, self.passages, len(self.relevant)]).encode())
         return {"path": self.path, "split": self.name, "queries": len(self.queries), "fingerprint": digest.hexdigest()}
-
-    def text(self, row: Sequence[int]) -> str:
-        """A stored text, as its tokenizer writes it."""
-        return str(self.tokens.tokenizer.decode(list(row)))
 
 
 def _pool(target: Target, encoder: Encoder, request: Request) -> _Pool:
@@ -153,14 +148,15 @@ def _pool(target: Target, encoder: Encoder, request: Request) -> _Pool:
     if (folder / "corpus.jsonl").is_file():
         judged = read_beir(folder, request.split or "test")
         return _Pool(encoder.tokens(judged.queries), encoder.tokens(judged.passages), judged.relevant, judged.name,
-                     str(folder), encoder.tokens, (judged.queries, judged.passages))
+                     str(folder), (judged.queries, judged.passages))
     stored = judgements_of_split(folder, request.split or VALIDATION_SPLIT, pool=request.pool or POOL)
     theirs = TextTokens.of_dataset(folder, encoder.tokens.max_length)
     if theirs.tokenizer.to_str() != encoder.tokens.tokenizer.to_str():
         raise UserError(f"{folder}: was prepared with another tokenizer than the model's; give a BEIR folder, or "
                         "prepare it with the model's own")
+    texts = [theirs.tokenizer.decode_batch(rows) for rows in (stored.queries, stored.passages)]
     return _Pool(theirs.around(stored.queries), theirs.around(stored.passages), stored.relevant, stored.name,
-                 str(folder), theirs)
+                 str(folder), (texts[0], texts[1]))
 
 
 def _cuts(encoder: Encoder, request: Request) -> Sequence[Cut]:

@@ -19,12 +19,14 @@ from transformers import GenerationConfig, PreTrainedModel
 from data_prep.manifest import TOKENIZER
 from data_prep.manifest import Manifest as DatasetManifest
 from data_prep.tokenizer import TOKENIZER_CONFIG
+from evaluation.embedding_eval import tokens_of
+from evaluation.encoder_export import Probe, write_sentence_files
 from evaluation.model_card import model_card
 from evaluation.report_data import read_results
 from evaluation.results import Results, leading
 from evaluation.target import PROVENANCE, Target, open_target
 from pretrain.config.registry import FAMILIES, resolve
-from pretrain.config.source import ShardsConfig
+from pretrain.config.source import PairsConfig, ShardsConfig
 from pretrain.errors import CheckFailed, UserError
 from pretrain.models.base import Family
 from pretrain.runfolder.publish import hash_file, publish_dir, write_json_atomic, write_text_atomic
@@ -32,7 +34,8 @@ from pretrain.runfolder.publish import hash_file, publish_dir, write_json_atomic
 FORMAT = 1
 SHARD_SIZE = "4GB"
 TOLERANCE = {"fp32": 2e-5, "bf16": 2e-2}
-"""Largest difference of a logit, relative to the largest logit. Attention kernels differ in their last bits."""
+"""Largest difference of a logit (of encoders: a coordinate), relative to the largest. Attention kernels differ in their
+last bits."""
 PROBE_ROWS, PROBE_TOKENS = 2, 64
 _CHECK_TIMEOUT = 600.0
 
@@ -43,14 +46,17 @@ class Exported:
 
     folder: Path
     largest_difference: float
-    """Of a logit, relative to the largest logit, between checkpoint and export."""
+    """Of a logit, relative to the largest logit, between checkpoint and export; of encoders: of a coordinate."""
+    compared: str
+    """What was: "logits", or "vectors"."""
 
 
 def export_run(run: str, *, step: int | None = None, best: bool = False, dtype: str = "fp32", out: Path | None = None,
-               native: bool = True, overwrite: bool = False) -> Exported:
+               native: bool = True, overwrite: bool = False, head: str | None = None) -> Exported:
     """Export a run, or one checkpoint, as a Hugging Face folder.
 
     The folder is written aside, loaded in a fresh process that compares logits on stored tokens, and only then renamed.
+    Of an encoder all vectors are compared, and sentence-transformers can open the folder.
 
     Args:
         run: run or checkpoint folder.
@@ -60,9 +66,10 @@ def export_run(run: str, *, step: int | None = None, best: bool = False, dtype: 
         out: folder to write; None: RUN/export/step-N-DTYPE.
         native: as the plain transformers architecture, where there is one.
         overwrite: replace a folder that is there.
+        head: of an encoder: the vector that sentence-transformers gives, `HEAD` or `HEAD:DIM`; None: the default one.
 
     Raises:
-        UserError: nothing to export, or the folder is there.
+        UserError: nothing to export, no such head, or the folder is there.
         CheckFailed: the fresh process found other logits; nothing is left behind.
     """
     if dtype not in TOLERANCE:
@@ -70,6 +77,8 @@ def export_run(run: str, *, step: int | None = None, best: bool = False, dtype: 
     target = open_target(run, dtype=dtype, device=torch.device("cpu"), step=step, best=best)
     if target.config is None or target.checkpoint is None or target.run_folder is None:
         raise UserError(f"{run}: is no run or checkpoint; an export is made from one")
+    if head is not None and not target.encodes:
+        raise UserError(f"--head {head}: {run} is a language model; heads are those of encoders")
     family: Family = resolve(FAMILIES, target.config.model.family, "model.family")
     is_native = native and family.export is not None
     if out is None:
@@ -84,25 +93,29 @@ def export_run(run: str, *, step: int | None = None, best: bool = False, dtype: 
         temporary.mkdir(parents=True)
         _write_model(model, target, temporary)
         facts = _provenance(target, model, dtype, is_native)
-        difference = _prove(target, temporary, facts)
+        reference = _reference(target, temporary, facts, head)
+        difference = _prove(temporary, facts, reference)
         _write_papers(target, temporary, facts)
-        _publish(temporary, out)
+        publish_over(temporary, out)
     except OSError as error:
         raise UserError(f"{error.filename or out}: cannot be written ({error.strerror})") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return Exported(out, difference)
+    return Exported(out, difference, facts["verification"]["compared"])
 
 
 def _write_model(model: PreTrainedModel, target: Target, folder: Path) -> None:
     """Weights in shards, config, generation config, and the tokenizer as the dataset has it."""
-    if target.eos_id is not None:
+    if target.encodes:
+        model.config.eos_token_id = target.eos_id
+        model.config.pad_token_id = tokens_of(target).pad_id if target.tokenizer is not None else None
+    elif target.eos_id is not None:
         model.config.eos_token_id = target.eos_id
         model.generation_config = GenerationConfig(eos_token_id=target.eos_id, pad_token_id=target.eos_id)
     model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
     assert target.config is not None
     source = target.config.data.source
-    if isinstance(source, ShardsConfig):
+    if isinstance(source, ShardsConfig | PairsConfig):
         for name in (TOKENIZER, TOKENIZER_CONFIG):
             if (Path(source.path) / name).is_file():
                 shutil.copyfile(Path(source.path) / name, folder / name)
@@ -116,7 +129,7 @@ def _provenance(target: Target, model: PreTrainedModel, dtype: str, native: bool
     assert config is not None and manifest is not None and checkpoint is not None
     batch = config.batch.resolve(manifest.world)
     dataset: dict[str, Any] = {}
-    if isinstance(config.data.source, ShardsConfig):
+    if isinstance(config.data.source, ShardsConfig | PairsConfig):
         data = DatasetManifest.read(Path(config.data.source.path))
         stated = {key: value for key, value in data.provenance.items() if key != "paths"}
         splits = {name: {"docs": s.docs, "tokens": s.tokens, "bytes": s.bytes} for name, s in data.splits.items()}
@@ -134,25 +147,36 @@ def _provenance(target: Target, model: PreTrainedModel, dtype: str, native: bool
 
 
 @torch.no_grad()
-def _prove(target: Target, folder: Path, facts: dict[str, Any]) -> float:
-    """Load `folder` in a fresh process and compare its logits with the checkpoint's on stored tokens.
-
-    Returns the largest difference, relative to the largest logit. Raises CheckFailed.
-    """
+def _reference(target: Target, folder: Path, facts: dict[str, Any], head: str | None) -> dict[str, torch.Tensor]:
+    """Stored tokens and what the checkpoint makes of them; of an encoder also writes how texts become vectors."""
+    if target.encodes:
+        probe = Probe.of(target)
+        facts["encoder"] = write_sentence_files(target, probe.cut(head), folder)
+        return probe.tensors()
     tokens = _probe_tokens(target)
-    logits = target.forward(input_ids=tokens, return_logits=True).logits.float()
-    reference = folder.with_name(folder.name + ".probe")
-    save_file({"input_ids": tokens, "logits": logits.contiguous()}, reference)
+    return {"input_ids": tokens,
+            "logits": target.forward(input_ids=tokens, return_logits=True).logits.float().contiguous()}
+
+
+def _prove(folder: Path, facts: dict[str, Any], reference: dict[str, torch.Tensor]) -> float:
+    """Load `folder` in a fresh process and compare its logits, or vectors, with the checkpoint's on stored tokens.
+
+    Returns the largest difference, relative to the largest of them. Raises CheckFailed.
+    """
+    what = "logits" if "logits" in reference else "vectors"
+    file = folder.with_name(folder.name + ".probe")
+    save_file(reference, file)
     limit = TOLERANCE[facts["dtype"]]
     try:
-        difference = _fresh_process(str(folder), str(reference), facts["dtype"],
+        difference = _fresh_process(str(folder), str(file), facts["dtype"],
                                     "" if facts["native"] else facts["module"], json.dumps(facts["controls"]))
     finally:
-        reference.unlink(missing_ok=True)
+        file.unlink(missing_ok=True)
     if not difference <= limit:
-        raise CheckFailed(f"{folder}: loaded in a fresh process it gives logits that differ by {difference:.3g} of the "
+        raise CheckFailed(f"{folder}: loaded in a fresh process it gives {what} that differ by {difference:.3g} of the "
                           f"largest, {limit:g} is allowed for {facts['dtype']}; nothing was written")
-    facts["verification"] = {"tokens": tokens.numel(), "largest_difference": difference, "tolerance": limit}
+    facts["verification"] = {"tokens": reference["input_ids"].numel(), "compared": what,
+                             "largest_difference": difference, "tolerance": limit}
     return difference
 
 
@@ -193,7 +217,7 @@ def newest_result(target: Target) -> Results | None:
     return leading(r for r in read_results(target.run_folder.eval_dir) if r.weights_sha256 == target.weights_sha256)
 
 
-def _publish(temporary: Path, out: Path) -> None:
+def publish_over(temporary: Path, out: Path) -> None:
     """Rename the finished folder; what it replaces is moved aside first and removed last."""
     old = out.with_name(f".old-{out.name}-{os.getpid()}")
     if out.exists():

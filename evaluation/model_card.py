@@ -18,16 +18,18 @@ def model_card(provenance: dict[str, Any], results: Results | None, config_text:
         results: the evaluation of these very weights; None where there is none.
         config_text: config.yaml of the run.
     """
-    front = "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n"
+    library, tag = ("sentence-transformers", "sentence-similarity") if "encoder" in provenance else \
+        ("transformers", "text-generation")
+    front = f"---\nlibrary_name: {library}\npipeline_tag: {tag}\n---\n"
     parts = [front, f"# {provenance['run']}\n", _summary(provenance), "## How to load\n", _loading(provenance),
              "## Figures\n", _figures(results), "## Data\n", _data(provenance["dataset"]), "## Training\n",
              f"`training_config.yaml` beside this file, the resolved config:\n\n```yaml\n{config_text}```\n",
              "## Integrity\n",
              "`provenance.json` holds the SHA-256 of every other file. The export was loaded in a fresh process before "
-             f"it was published: its logits differed from the checkpoint's by at most "
-             f"{provenance['verification']['largest_difference']:.3g} on "
+             f"it was published: its {provenance['verification']['compared']} differed from the checkpoint's by at "
+             f"most {provenance['verification']['largest_difference']:.3g} on "
              f"{provenance['verification']['tokens']} stored tokens ({provenance['dtype']}, tolerance "
-             f"{provenance['verification']['tolerance']:g} of the largest logit).\n"]
+             f"{provenance['verification']['tolerance']:g} of the largest).\n"]
     return "\n".join(parts)
 
 
@@ -38,6 +40,8 @@ def _summary(p: dict[str, Any]) -> str:
 
 
 def _loading(p: dict[str, Any]) -> str:
+    if "encoder" in p:
+        return _loading_encoder(p)
     dtype = {"fp32": "torch.float32", "bf16": "torch.bfloat16"}[p["dtype"]]
     lines = ["import torch", "from transformers import AutoModelForCausalLM, AutoTokenizer"]
     if not p["native"]:
@@ -50,6 +54,22 @@ def _loading(p: dict[str, Any]) -> str:
         text += ("\nThe model was trained with documents kept apart: attention and positions restart at each "
                  "end-of-text token. Give it one document at a time.\n")
     return text
+
+
+def _loading_encoder(p: dict[str, Any]) -> str:
+    encoder = p["encoder"]
+    vector = encoder["head"] if encoder["dim"] is None else f"{encoder['head']}, its first {encoder['dim']} coordinates"
+    lines = [f"Vectors of length 1: {vector}.\n", "With the package of this project installed:\n", "```python"]
+    if encoder["max_length"] is not None:
+        lines += ["from sentence_transformers import SentenceTransformer",
+                  "# The flag lets that package run; this folder holds no code.",
+                  "model = SentenceTransformer(FOLDER, trust_remote_code=True)",
+                  'vectors = model.encode(["a text"])', "```\n", f"Texts are cut at {encoder['max_length']} tokens. "
+                  "All heads: `pretrain embed FOLDER --texts \"a text\" --head NAME`.\n"]
+    else:
+        lines += ["from evaluation.target import open_target",
+                  "heads = open_target(FOLDER).forward(input_ids=..., attention_mask=...).heads", "```\n"]
+    return "\n".join(lines)
 
 
 def _figures(results: Results | None) -> str:

@@ -14,6 +14,8 @@ from pretrain.models.base import EncoderOutput
 
 MODULES = "modules.json"
 """Written by sentence-transformers: the parts of a text encoder, in order."""
+MAX_LENGTH = "sentence_bert_config.json"
+"""Tokens a text, in the same folders."""
 _POOLING = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
 
 
@@ -57,6 +59,8 @@ def pooling_of(folder: Path) -> str:
                 raise UserError(f"{folder / module['path']}: pools by {', '.join(modes) or 'nothing'}; mean or the "
                                 "first token are known here")
             return known[modes[0]]
+        if kind == "TextEncoder":  # ours, around a model of transformers: the head is the pooling
+            return str(json.loads((folder / module["path"] / "encoder.json").read_bytes())["head"])
         if kind not in ("Transformer", "Normalize"):
             raise UserError(f"{folder}: has a module {kind} after its transformer, which is not known here")
     return "mean"
@@ -64,6 +68,6 @@ def pooling_of(folder: Path) -> str:
 
 def max_length_of(folder: Path) -> int | None:
     """Tokens a text that a sentence-transformers folder was made for; None where nothing is said."""
-    path = folder / "sentence_bert_config.json"
+    path = folder / MAX_LENGTH
     value = json.loads(path.read_bytes()).get("max_seq_length") if path.is_file() else None
     return int(value) if value else None

@@ -39,6 +39,8 @@ from pretrain.runfolder.retention import pinned
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Kind = Literal["run", "checkpoint", "export", "huggingface", "config"]
+UNUSED = "pooler."
+"""Weights of transformers' encoders that make nothing of what is read from them here; many folders lack them."""
 PROVENANCE = "provenance.json"
 """Written by our export; tells an export from any other Hugging Face folder."""
 
@@ -245,6 +247,8 @@ def _from_pretrained(path: Path, dtype: str, device: torch.device, trust_remote_
         what = "an encoder" if encoder else "a causal language model"
         raise UserError(f"{path}: cannot be loaded as {what} ({str(error).splitlines()[0]})") from None
     lost = [*info["missing_keys"], *info.get("mismatched_keys", [])]
+    if encoder and lost and all(str(name).startswith(UNUSED) for name in lost):
+        model.pooler, lost = None, []
     if lost:
         raise DataCorruption(f"{path}: the weights do not fill the architecture of config.json: "
                              f"{min(map(str, lost))} and {len(lost) - 1} more are missing or of another shape")

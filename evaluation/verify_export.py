@@ -1,4 +1,4 @@
-"""Loads an export as a stranger would and reports how far its logits are from stored ones.
+"""Loads an export as a stranger would and reports how far its logits, or vectors, are from stored ones.
 
 Run as `python -P -m evaluation.verify_export FOLDER REFERENCE DTYPE MODULE CONTROLS`. Prints one line of JSON. A native
 export is loaded by transformers alone: MODULE, which registers one of our architectures, is then empty.
@@ -18,10 +18,14 @@ from transformers.utils import logging
 
 
 def largest_difference(folder: str, reference: str, dtype: str, module: str, controls: str) -> float:
-    """Largest difference of a logit over the largest stored one; infinite where a logit is not finite."""
+    """Largest difference of a logit (of encoders: a coordinate) over the largest stored one; infinite where one is not
+    finite."""
     if module:
         importlib.import_module(module)
     stored = load_file(reference)
+    if "logits" not in stored:
+        from evaluation.encoder_export import vectors_differ_by
+        return vectors_differ_by(folder, stored, dtype)
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
     model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtypes[dtype], local_files_only=True,
                                                        use_safetensors=True, output_loading_info=True)
