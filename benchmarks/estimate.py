@@ -6,6 +6,7 @@ The bytes of the checkpoint at the end are compared too.
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 import tempfile
@@ -18,11 +19,13 @@ from pretrain.config.load import load_run_config
 from pretrain.config.machine import memory_bytes
 from pretrain.config.plan import make_plan
 from pretrain.config.run import Precision
-from pretrain.engine.evaluator import EvalResult, RunView
+from pretrain.engine.evaluator import EvalResult, Metric, RunView
 from pretrain.monitor.memory import current_rss, peak_rss, reset_peak_rss
 
 RANKS, STEPS, SEQ_LEN = 2, 3, 512
 GOAL = 0.15
+IMPORTS = ("deepspeed", "evaluation.perplexity", "pretrain.models.baseline.family", "pretrain.models.baseline.model",
+           "pretrain.models.afrb.family")
 CASES: list[tuple[str, int, Precision, int, int]] = [
     ("baseline-124m", 2, "bf16", 1, 1), ("baseline-124m", 3, "bf16", 1, 1), ("baseline-124m", 2, "fp32", 1, 1),
     ("baseline-124m", 3, "fp32", 1, 1), ("baseline-124m", 2, "bf16", 4, 2), ("baseline-350m", 2, "bf16", 1, 1),
@@ -57,33 +60,36 @@ class PeakRecorder:
         """Note the peak of everything since construction, which is before the model is built."""
         figures = {"beyond": peak_rss() - self.imported, "imports": self.imported}
         (self.folder / f"rank-{view.rank}.json").write_text(json.dumps(figures))
-        return EvalResult({})
+        return EvalResult({"val/loss": Metric(0.0, 1, higher_is_better=False)})  # of which a best checkpoint is chosen
 
 
 def rank(preset: str, sets: list[str], folder: Path) -> None:
     """One rank of `pretrain train`, with everything imported before its resident set is noted."""
-    import deepspeed  # noqa: F401
-
-    import evaluation.perplexity  # noqa: F401
+    for name in IMPORTS:
+        importlib.import_module(name)
     from pretrain.cli import train
-    from pretrain.models.baseline import family, model  # noqa: F401
 
     train.evaluators = lambda config: [PeakRecorder(folder)]
     train.report = lambda loaded: None
     train.train(preset=preset, sets=sets)
 
 
+def peaks(preset: str, sets: list[str], folder: str) -> list[dict[str, int]]:
+    """Of each rank of a run: bytes beyond its imports at the peak, and of the imports."""
+    from pretrain.engine.launcher import launch, worker_command
+    command = worker_command("benchmarks.estimate", "rank", preset, json.dumps(sets), folder)
+    code = launch(command, RANKS, threads=1)
+    if code:
+        raise SystemExit(f"{preset} {sets}: the run ended with code {code}")
+    return [json.loads((Path(folder) / f"rank-{number}.json").read_text()) for number in range(RANKS)]
+
+
 def measure(case: tuple[str, int, Precision, int, int]) -> dict[str, Any]:
     """Estimate and measured peak of one case, in bytes over both ranks."""
-    from pretrain.engine.launcher import launch, worker_command
     with tempfile.TemporaryDirectory() as folder:
         preset, sets = settings(case, Path(folder))
         plan = make_plan(load_run_config(preset, sets).config, RANKS, precision=case[2], device="cpu")
-        command = worker_command("benchmarks.estimate", "rank", preset, json.dumps(sets), folder)
-        code = launch(command, RANKS, threads=1)
-        if code:
-            raise SystemExit(f"{case}: the run ended with code {code}")
-        found = [json.loads((Path(folder) / f"rank-{number}.json").read_text()) for number in range(RANKS)]
+        found = peaks(preset, sets, folder)
         saved = sum(path.stat().st_size for path in Path(folder).glob("*/checkpoints/step-*/**/*") if path.is_file())
     estimated, measured = RANKS * plan.memory.device_bytes, sum(figures["beyond"] for figures in found)
     return {"estimated": estimated, "measured": measured, "ratio": estimated / measured, "phase": plan.memory.peak,

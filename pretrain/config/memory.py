@@ -114,14 +114,16 @@ def rank_memory(config: RunConfig, batch: ResolvedBatch, precision: Precision, d
     model, engine, count = config.model, config.engine, config.model.parameter_count()
     element = 4 if precision == "fp32" else 2
     tokens = batch.micro_batch_size * config.data.seq_len
-    per_token = model.activation_bytes_per_token(config.data.seq_len, element_bytes=element,
+    scored = config.objective.scored_tokens(config.data)
+    per_token = model.activation_bytes_per_token(config.data.seq_len, element_bytes=element, scored=scored,
                                                  checkpointing=engine.activation_checkpointing)
     stage, cpu = engine.zero_stage, device == "cpu"
     bucket = engine.deepspeed.get("zero_optimization", {}).get("reduce_bucket_size") or bucket_elements(config)
     sizes = _Sizes(
         trainable=count.trainable, frozen=count.total - count.trainable, world=batch.data_parallel_size,
         element=element, stage=stage, bucket=int(bucket), activations=int(per_token * tokens),
-        logits=model.loss_bytes(tokens, element_bytes=element), accumulates=batch.gradient_accumulation_steps > 1,
+        logits=model.loss_bytes(batch.micro_batch_size * scored, element_bytes=element),
+        accumulates=batch.gradient_accumulation_steps > 1,
         cpu=cpu, optimizer_on_host=engine.offload.optimizer == "cpu" and not cpu,
         weights_on_host=engine.offload.parameters == "cpu" and not cpu,
         built_in_parts=built_in_parts(config))
@@ -163,7 +165,7 @@ def _backward(s: _Sizes) -> Iterator[Term]:
     if s.gathered:
         yield Term("gathered weights", s.gathered, f"{s.element} (P + F), at most {MAX_LIVE_PARAMETERS:,} weights")
     yield Term("activations", s.activations, "family's estimate x tokens of a micro-batch")
-    yield Term("logits and their gradient", s.logits, "2 x tokens x vocabulary, chunk by chunk")
+    yield Term("logits and their gradient", s.logits, "2 x tokens with a loss x vocabulary, chunk by chunk")
     if s.stage == 0:
         yield Term("communication copy", 4 * s.trainable if s.world > 1 else 0, "4 P")
     elif s.stage == 3:

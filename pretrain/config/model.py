@@ -65,14 +65,17 @@ class ModelConfig(Section):
         """Forward FLOPs a token: a multiply-add is 2, attention is the full T x T product. Training is 3x forward."""
 
     @abstractmethod
-    def activation_bytes_per_token(self, seq_len: int, *, element_bytes: int, checkpointing: bool) -> float:
+    def activation_bytes_per_token(self, seq_len: int, *, element_bytes: int, checkpointing: bool,
+                                   scored: int | None = None) -> float:
         """Bytes of activations kept for the backward pass for one token of one sample (estimates only).
 
-        Logits are left out: see `loss_bytes`.
+        `scored`: tokens of a sample that have a loss, None for all; families that compute less then may say so. Logits
+        are left out: see `loss_bytes`.
         """
 
     def loss_bytes(self, tokens: int, *, element_bytes: int) -> int:
-        """Peak bytes of logits and their gradient for a micro-batch of `tokens`; an encoder has none.
+        """Peak bytes of logits and their gradient for a micro-batch with `tokens` that have a loss; an encoder has
+        none.
 
         In one chunk, both live at once; in several, each chunk's gradient is written over its logits.
         """

@@ -76,6 +76,10 @@ class NeedleConfig(SourceConfig):
         """Tokens that a model is given: s without its last one."""
         return self.retrieval_start + self.needle_len - 1 if self.needle_query else self.context_len - 1
 
+    def scored_tokens(self, seq_len: int) -> int:
+        """Those of the needle."""
+        return self.needle_len
+
     @property
     def fixed_seq_len(self) -> tuple[int, str]:
         """`seq_len` with its reason; `data.seq_len` cannot be another."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from pretrain.config.model import Section
 from pretrain.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pretrain.config.source import DataConfig
 
 
 class ObjectiveConfig(Section):
@@ -15,6 +18,10 @@ class ObjectiveConfig(Section):
 
     protocol: ClassVar[Literal["sum", "update"]]
     name: str = Field(description="which objective; see pretrain/config/registry.py")
+
+    def scored_tokens(self, data: DataConfig) -> int:
+        """Tokens of a sample at which the model is asked for logits."""
+        return data.seq_len
 
 
 class CausalLMConfig(ObjectiveConfig):
@@ -65,6 +72,10 @@ class NeedleObjectiveConfig(ObjectiveConfig):
     legacy_loss: bool = Field(False, description="that second one without the shift, as the original trained: it "
                               "teaches the model to repeat its own input (LEAK)")
     seed: int = Field(0, ge=0, lt=1 << 63, description="key of the draw of negatives")
+
+    def scored_tokens(self, data: DataConfig) -> int:
+        """Those of the answer."""
+        return data.source.scored_tokens(data.seq_len)
 
     @model_validator(mode="after")
     def _legacy(self) -> NeedleObjectiveConfig:

@@ -24,6 +24,10 @@ class SourceConfig(Section):
         """Tokens of a sample, padding included; of most sources a window of `data.seq_len`."""
         return seq_len
 
+    def scored_tokens(self, seq_len: int) -> int:
+        """Tokens of a sample that have an answer, where the source says which (`readout_positions`)."""
+        return seq_len
+
     @property
     def fixed_seq_len(self) -> tuple[int, str] | None:
         """(tokens a sample, what they are made of) where the source decides that; None: `data.seq_len` does."""
@@ -156,6 +160,10 @@ class MixtureConfig(SourceConfig):
     def tokens_per_sample(self, seq_len: int) -> int:
         """Of the longest part; parts whose samples have other shapes are refused."""
         return max(part.source.tokens_per_sample(seq_len) for part in self.parts)
+
+    def scored_tokens(self, seq_len: int) -> int:
+        """Of the part that has most."""
+        return max(part.source.scored_tokens(seq_len) for part in self.parts)
 
 
 class OrderConfig(Section):

@@ -32,7 +32,7 @@ class ToyConfig(ModelConfig):
     def flops_per_token(self, seq_len):
         return 2.0 * 10 * self.width
 
-    def activation_bytes_per_token(self, seq_len, *, element_bytes, checkpointing):
+    def activation_bytes_per_token(self, seq_len, *, element_bytes, checkpointing, scored=None):
         return float(self.width * element_bytes * (1 if checkpointing else 4))
 
     def tiny(self):

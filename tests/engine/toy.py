@@ -50,7 +50,8 @@ class ToyConfig(ModelConfig):
     def flops_per_token(self, seq_len: int) -> float:
         return 2.0 * (2 * self.width**2 + self.width * self.vocab_size)
 
-    def activation_bytes_per_token(self, seq_len: int, *, element_bytes: int, checkpointing: bool) -> float:
+    def activation_bytes_per_token(self, seq_len: int, *, element_bytes: int, checkpointing: bool,
+                                   scored: int | None = None) -> float:
         return 8.0 * self.width * element_bytes
 
     def tiny(self) -> ToyConfig:

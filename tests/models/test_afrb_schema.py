@@ -54,15 +54,16 @@ def test_counts_of_any_options(backbone, blocks, mixer, phase, memory, disable, 
     check_counts(config(options, backbone), length)
 
 
-def saved_bytes(cfg, dtype, rows=2, length=128):
+def saved_bytes(cfg, dtype, scored=None, rows=2, length=128):
     """Distinct storages that autograd keeps, parameters and buffers apart."""
     model = FAMILY.build(cfg, BuildContext(dtype=dtype)).train()
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     kept = []
     ids = torch.zeros(rows, length, dtype=torch.long)
     documents = (torch.arange(length) > 60).long().expand(rows, length)
+    places = None if scored is None else torch.arange(length - scored, length).expand(rows, scored)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        out = model(ids, labels=ids, document_ids=documents)
+        out = model(ids, labels=ids, document_ids=documents, readout_positions=places)
     del out
     sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
     return sum(size for pointer, size in sizes.items() if pointer not in own) / (rows * length)
@@ -78,8 +79,9 @@ def test_activation_bytes_are_those_that_autograd_keeps(mode, backbone, dtype):
     wide = {"vocab_size": 2, "max_position_embeddings": 256, "n_positions": 256,
             **{"n_embd" if backbone == "gpt2" else "hidden_size": 96}}
     cfg = AFRBConfig.model_validate({"backbone": {"hf_config": {**BACKBONES[backbone], **wide}}, **MODES[mode]})
-    said = cfg.activation_bytes_per_token(128, element_bytes=dtype.itemsize, checkpointing=False)
-    assert said == pytest.approx(saved_bytes(cfg, dtype), rel=0.15)
+    for scored in (None, 8):
+        said = cfg.activation_bytes_per_token(128, element_bytes=dtype.itemsize, checkpointing=False, scored=scored)
+        assert said == pytest.approx(saved_bytes(cfg, dtype, scored), rel=0.15)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -84,12 +84,13 @@ def _matrix_flops(cfg: AFRBConfig, seq_len: int) -> float:
     return whiten + maps + content + read + delta + 2 * d * cfg.vocab_size
 
 
-def activation_bytes(cfg: AFRBConfig, seq_len: int, *, element_bytes: int, checkpointing: bool) -> float:
+def activation_bytes(cfg: AFRBConfig, seq_len: int, scored: int, *, element_bytes: int, checkpointing: bool) -> float:
     """Bytes kept a token for the backward pass. Frozen matrices keep no inputs, so layers keep less than trained ones.
 
-    Coefficients are counts of the tensors that autograd keeps, in multiples of a width; a test holds them to it.
+    `scored` of the tokens are read at. Coefficients are counts of the tensors that autograd keeps, in multiples of a
+    width; a test holds them to it.
     """
-    memory = _memory_bytes(cfg, seq_len, element_bytes)
+    memory = _memory_bytes(cfg, seq_len, scored, element_bytes)
     if not cfg.n_afrb:  # nothing before the layers is trained: no gradient passes through them
         return memory
     layer, block = _layer_bytes(cfg, element_bytes), _block_bytes(cfg, element_bytes)
@@ -100,7 +101,8 @@ def activation_bytes(cfg: AFRBConfig, seq_len: int, *, element_bytes: int, check
     if checkpointing:
         stream = cfg.hidden_size * element_bytes
         traces = cfg.n_afrb * _FP32 * cfg.hidden_size if cfg.vector_pvm else 0
-        return (layers + cfg.n_afrb) * stream + traces + max(layer, block) + outside
+        working = 2 * max(layer, block)  # computed again, and its gradients
+        return (layers + cfg.n_afrb) * stream + traces + working + outside
     return layers * layer + cfg.n_afrb * block + outside
 
 
@@ -127,16 +129,18 @@ def _block_bytes(cfg: AFRBConfig, e: int) -> float:
     return total + (_FP32 * d * (9 if cfg.pvm_write_gate else 5) if cfg.vector_pvm else 0)
 
 
-def _memory_bytes(cfg: AFRBConfig, seq_len: int, e: int) -> float:
-    """The readout at every token."""
+def _memory_bytes(cfg: AFRBConfig, seq_len: int, scored: int, e: int) -> float:
+    """Memory and readout: a part of every token, and a part of every row that is read at."""
     if cfg.readout_from != "pvm":
         return 0.0
-    d, n = cfg.hidden_size, cfg.n_afrb
+    d, n, rows = cfg.hidden_size, cfg.n_afrb, scored / seq_len
     if cfg.matrix:
         keys = (3.8 if cfg.pvm_phase_clock == "content" else 2.8) * key_width(cfg)
         gate = 4 * d if cfg.pvm_write_gate else 0
         delta = 4 * cfg.pvm_dv + CHUNK if cfg.pvm_rule == "delta" else 0
-        return _FP32 * (3.1 * d + gate + cfg.pvm_dk + keys + 5.8 * cfg.pvm_dv + 2 * CHUNK + delta)
+        scores = 2 * CHUNK if rows == 1 else 3 * seq_len  # single rows are not read chunk by chunk
+        return _FP32 * (2 * d + gate + cfg.pvm_dk + keys + cfg.pvm_dv + delta
+                        + rows * (1.1 * d + 4.8 * cfg.pvm_dv + scores))
     if cfg.readout_mode == "state":
-        return 1.75 * d * e + _FP32 * (3 + n) * d
-    return 1.75 * d * e + _FP32 * ((3 + 2 * n) * d + 2 * n * seq_len)
+        return _FP32 * d + rows * (1.75 * d * e + _FP32 * (2 + n) * d)
+    return _FP32 * (1 + 2 * n) * d + rows * (1.75 * d * e + _FP32 * (2 * d + 2 * n * seq_len))

@@ -271,9 +271,11 @@ class AFRBConfig(ModelConfig):
         """Matrix products of one forward with a readout at every token."""
         return self.backbone.flops_per_token(seq_len, attention=not self.disable_attn) + adapter_flops(self, seq_len)
 
-    def activation_bytes_per_token(self, seq_len: int, *, element_bytes: int, checkpointing: bool) -> float:
+    def activation_bytes_per_token(self, seq_len: int, *, element_bytes: int, checkpointing: bool,
+                                   scored: int | None = None) -> float:
         """Bytes kept for the backward pass: the frozen layers' too, since gradients pass through them."""
-        return activation_bytes(self, seq_len, element_bytes=element_bytes, checkpointing=checkpointing)
+        return activation_bytes(self, seq_len, scored or seq_len, element_bytes=element_bytes,
+                                checkpointing=checkpointing)
 
     def with_vocab_size(self, vocab_size: int) -> AFRBConfig:
         """A copy for a tokenizer of another size."""

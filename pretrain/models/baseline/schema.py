@@ -112,7 +112,8 @@ class BaselineConfig(ModelConfig):
         head = 2 * d * self.vocab_size if self.kind == "causal_lm" else 0
         return float(self.num_layers * block + head)
 
-    def activation_bytes_per_token(self, seq_len: int, *, element_bytes: int, checkpointing: bool) -> float:
+    def activation_bytes_per_token(self, seq_len: int, *, element_bytes: int, checkpointing: bool,
+                                   scored: int | None = None) -> float:
         """Bytes kept for the backward pass at dropout 0; attention keeps no probabilities, so this is linear in T."""
         inside, outside = self._block_bytes(element_bytes), self._outer_bytes(seq_len, element_bytes)
         stream = self.hidden_size * element_bytes

@@ -188,7 +188,8 @@ class SpectraConfig(ModelConfig):
         """Matrix products of one forward pass over rows of `seq_len`; the heads' share a token included."""
         return flops_per_token(self, seq_len)
 
-    def activation_bytes_per_token(self, seq_len: int, *, element_bytes: int, checkpointing: bool) -> float:
+    def activation_bytes_per_token(self, seq_len: int, *, element_bytes: int, checkpointing: bool,
+                                   scored: int | None = None) -> float:
         """Bytes kept for the backward pass, dropout masks included; linear in `seq_len` for the S x S parts."""
         return activation_bytes_per_token(self, seq_len, element_bytes=element_bytes, checkpointing=checkpointing)
 
