@@ -18,12 +18,12 @@ from benchmarks.peers import Peer, make_environment
 from data_prep.config import PrepConfig
 from data_prep.pipeline import prepare
 
-TEXT_BYTES, PAIRS, GOAL = 24_000_000, 6, 1.3
+TEXT_BYTES, PAIRS, GOAL = 8_000_000, 6, 1.3
 EOS = "<|endoftext|>"
 
 
 def main() -> None:
-    """Make the environment and measure; about five minutes."""
+    """Make the environment and measure; a few minutes."""
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         (root / "text").mkdir()

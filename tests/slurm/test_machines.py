@@ -14,7 +14,7 @@ from pretrain.runfolder.layout import RunFolder
 from slurm import nodecheck
 from slurm.machines import ABSENT, SILENT, judge, read_results
 from slurm.nodecheck import look, parse_gpus, parse_xids
-from tests.slurm.cluster import SLOW_STEPS, Cluster, assert_undisturbed, payload_config, submitted
+from tests.slurm.cluster import SLOW_STEPS, Cluster, assert_undisturbed, payload_config, submitted, until
 
 GOOD = "0, GPU-a, 0, No\n1, GPU-b, 0, No\n"
 
@@ -132,6 +132,7 @@ def test_a_bad_machine_is_left_out_and_the_job_goes_on_elsewhere(cluster: Cluste
     trial = submitted(cluster, tmp_path, loaded, monkeypatch)
     cluster.run("scancel", trial.number)
     cluster.wait(trial.number, "CANCELLED")
+    until(lambda: not cluster.run("squeue", "-h", "-t", "R,CG", "-j", trial.number, check=False).strip())
     script = trial.root / "slurm/job.sbatch"
     (trial.root / "slurm/starts.jsonl").unlink(missing_ok=True)
     frozen = trial.root / "slurm/config.yaml"

@@ -66,6 +66,7 @@ def test_a_cancelled_job_saves_and_stays_cancelled(cluster: Cluster, tmp_path: P
     until(lambda: trial.step() > 5, 150)
     cluster.run("scancel", trial.number)
     trial.end(200, "CANCELLED")
+    until(lambda: trial.history[0].ended)  # the state is told at once, the batch script ends later
     start, = trial.history
     assert (start.reason, start.action) == ("cancelled", "finish")
     assert start.saved == trial.folder.checkpoints()[0].step > 5
