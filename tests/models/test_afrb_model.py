@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from pretrain.config.run import OptimConfig
 from pretrain.gates import run_gates
-from pretrain.models.afrb.backbone import whole_table
+from pretrain.models.afrb.backbone import AttentionFreeLayer, whole_table
 from pretrain.models.afrb.calibration import whiten_tables
 from pretrain.models.afrb.family import parameter_groups
 from pretrain.models.afrb.infonce import infonce
@@ -85,6 +85,23 @@ def test_layers_without_attention_are_what_the_specification_says():
             want = model.get_output_embeddings()(native.model.norm(h))
             native.model.embed_tokens.load_state_dict(model.get_input_embeddings().state_dict())
         close(logits(model, tokens()), want)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_without_attention_only_the_rows_asked_for_go_through_the_layers(backbone):
+    model = open_up(build({"n_afrb": 1, "enable_pvm": True, "pvm_memory": "matrix", "disable_attn": True}, backbone))
+    seen = []
+    for module in model.backbone.modules():
+        if isinstance(module, AttentionFreeLayer):
+            module.register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0].shape[1]))
+    ids, rows = tokens(), torch.tensor([[3, 20, 39], [0, 17, 18]])
+    whole = logits(model, ids)
+    assert set(seen) == {T}
+    seen.clear()
+    close(logits(model, ids, readout_positions=rows), whole.gather(1, rows[..., None].expand(-1, -1, V)))
+    assert set(seen) == {3}
+    close(logits(model, ids, readout_positions=rows, diagnostics=True),
+          whole.gather(1, rows[..., None].expand(-1, -1, V)))
 
 
 @pytest.mark.parametrize("mode", ["trace", "state", "window", "matrix", "matrix, stepped head", "memory not read"])

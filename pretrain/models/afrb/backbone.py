@@ -24,7 +24,7 @@ from transformers import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from pretrain.models.afrb.backbone_schema import BackboneConfig, DisableAttention
-from pretrain.models.afrb.phase import Tokens
+from pretrain.models.afrb.phase import Tokens, pick
 from pretrain.models.baseline.model import BaselineHFConfig, BaselineModel
 
 
@@ -149,20 +149,24 @@ class Backbone(BaselineModel):
         return table
 
     def forward(self, embeds: Tensor, tokens: Tokens, document_ids: Tensor | None = None,
-                attention_mask: Tensor | None = None, cache: Any | None = None, use_cache: bool = False
-                ) -> tuple[Tensor, Any | None]:
+                attention_mask: Tensor | None = None, cache: Any | None = None, use_cache: bool = False,
+                rows: Tensor | None = None) -> tuple[Tensor, Any | None]:
         """(hidden states after the final norm [B, T, D], key/value cache where attention is kept and one is asked for).
 
-        `document_ids` and `attention_mask` are as in `token_layout`; `cache` is that of the call before.
+        `document_ids` and `attention_mask` are as in `token_layout`; `cache` is that of the call before. With `rows`
+        [B, R] the states of these tokens alone, [B, R, D]: without attention no others are computed.
         """
         body = self.native.get_submodule(self.layout.body)
         if self.attends:
             masking = self._masking(embeds[..., 0], document_ids, attention_mask, causal=True, past=tokens.past)
             out = body(inputs_embeds=embeds, past_key_values=cache, use_cache=use_cache, **self._given(masking))
-            return out.last_hidden_state, out.past_key_values if use_cache else None
+            hidden = out.last_hidden_state if rows is None else pick(out.last_hidden_state, rows)
+            return hidden, out.past_key_values if use_cache else None
         hidden = embeds
         if self.layout.positions is not None:
             hidden = hidden + body.get_submodule(self.layout.positions)(self._positions(tokens, embeds.shape[1]))
+        if rows is not None:
+            hidden = pick(hidden, rows)
         for layer in body.get_submodule(self.layout.layers):
             hidden = layer(hidden)
         return body.get_submodule(self.layout.last_norm)(hidden), None

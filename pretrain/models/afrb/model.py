@@ -21,8 +21,8 @@ from pretrain.models.afrb.backbone import Backbone, BackboneHFConfig, OutputTabl
 from pretrain.models.afrb.block import BlockControls, BlockOutput, ResonantBlock
 from pretrain.models.afrb.infonce import infonce
 from pretrain.models.afrb.memory import ContentPhases, MatrixMemory, MatrixOutput
-from pretrain.models.afrb.phase import Tokens, WriteGate, token_layout
-from pretrain.models.afrb.readout import ReadoutOutput, VectorReadout, pick
+from pretrain.models.afrb.phase import Tokens, WriteGate, pick, token_layout
+from pretrain.models.afrb.readout import ReadoutOutput, VectorReadout
 from pretrain.models.afrb.schema import AFRBConfig
 from pretrain.models.afrb.state import AFRBState
 from pretrain.models.base import LMOutput
@@ -155,14 +155,17 @@ class AFRBForCausalLM(PreTrainedModel, GenerationMixin):
         embeddings = self.get_input_embeddings()(input_ids)
         blocks = self._adapt(embeddings, tokens, controls, state, measure=diagnostics)
         adapted = blocks[-1].hidden if blocks else embeddings
-        hidden, cache = self.backbone(adapted, tokens, masked_ids, attention_mask,
-                                      None if state is None else state.backbone, use_cache)
         rows = self._rows(input_ids, readout_positions, labels, return_logits, logits_to_keep)
+        # A vector readout looks back at hidden states, and diagnostics look at all of them.
+        whole = self.readout is not None or diagnostics
+        hidden, cache = self.backbone(adapted, tokens, masked_ids, attention_mask,
+                                      None if state is None else state.backbone, use_cache, None if whole else rows)
         said = self._say(input_ids, hidden, blocks, tokens, rows, controls, state, keep_state=use_cache,
                          measure=diagnostics)
         replace = self.schema.readout_replace and readout_positions is not None and said is not None
         head = _Head(self.get_output_embeddings(), self.memory)
-        features = self._features(hidden if rows is None else pick(hidden, rows), said, controls, replace=replace)
+        features = self._features(pick(hidden, rows) if whole and rows is not None else hidden, said, controls,
+                                  replace=replace)
         output = AFRBOutput(past_key_values=self._after(tokens, input_ids, blocks, said, cache) if use_cache else None)
         if labels is not None:
             self._losses(output, features, labels if rows is None else pick(labels, rows), head, said, negatives,

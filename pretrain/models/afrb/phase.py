@@ -59,6 +59,11 @@ def token_layout(input_ids: Tensor, document_ids: Tensor | None, attention_mask:
     return Tokens(layout.positions[:, past:], past, layout.starts[:, past:], real)
 
 
+def pick(x: Tensor, rows: Tensor) -> Tensor:
+    """[B, T, ...] at rows [B, R] -> [B, R, ...]."""
+    return x[torch.arange(len(x), device=x.device)[:, None], rows]
+
+
 def frequencies(mode: Ladder, width: int, omega: float) -> Tensor:
     """Angular frequency of each of the H = width // 2 channel pairs, fp32 [H]; [1] where all have the same."""
     pairs = max(1, width // 2)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrain.models.afrb.phase import Scalar, Tokens, exact, masked
+from pretrain.models.afrb.phase import Scalar, Tokens, exact, masked, pick
 from pretrain.models.afrb.pvm import Trace
 from pretrain.models.afrb.schema import AFRBConfig
 from pretrain.ops.phase import causal_taps, last_inputs, rotate
@@ -204,11 +204,6 @@ def _window_mean(h: Tensor, past: Tensor, share: Tensor, rows: Tensor | None) ->
     places = rows[..., None] + (window - 1) - torch.arange(window, device=rows.device)
     batch = torch.arange(len(h), device=h.device)[:, None, None]
     return (torch.cat([past, h], 1)[batch, places] * pick(share, rows)[..., None]).sum(2)
-
-
-def pick(x: Tensor, rows: Tensor) -> Tensor:
-    """[B, T, ...] at rows [B, R] -> [B, R, ...]."""
-    return x[torch.arange(len(x), device=x.device)[:, None], rows]
 
 
 @torch.no_grad()
