@@ -21,7 +21,7 @@ from pretrain.data.needle import NeedleSource
 from pretrain.data.open import eval_batches
 from pretrain.models.base import LMOutput
 
-EXAMPLES = 1000
+EXAMPLES = 400
 _NAMED = 32
 """First tokens of a context by which it is known again."""
 
