@@ -21,7 +21,7 @@ from typing import Any
 
 from pretrain.config.load import load_run_config
 from pretrain.config.run import RunConfig
-from pretrain.engine.preflight import node_name
+from pretrain.engine.ranks import node_name
 from pretrain.runfolder.layout import RunFolder
 from pretrain.runfolder.publish import write_json_atomic
 from slurm.machines import ABSENT

@@ -20,8 +20,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from pretrain.engine.preflight import Peer, first_collective, introduce, node_name
-from pretrain.engine.ranks import LISTEN_FD, RankEnvironment, expand_nodes
+from pretrain.engine.preflight import Peer, first_collective, introduce
+from pretrain.engine.ranks import LISTEN_FD, RankEnvironment, expand_nodes, node_name
 from pretrain.engine.traps import quiet, skip_op_probing
 from pretrain.errors import ExitCode, PretrainError, UserError
 

@@ -11,7 +11,6 @@ import datetime
 import json
 import os
 import platform
-import socket
 import sys
 import threading
 import time
@@ -23,7 +22,7 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
-from pretrain.engine.ranks import RankEnvironment
+from pretrain.engine.ranks import RankEnvironment, node_name
 from pretrain.errors import ExitCode, UserError
 
 _EQUAL = ("pretrain", "torch", "deepspeed", "transformers", "numpy", "safetensors")
@@ -64,11 +63,6 @@ class Peer:
         facts = torch.cuda.get_device_properties(device)
         versions |= {"cuda": str(torch.version.cuda), "nccl": ".".join(map(str, torch.cuda.nccl.version()))}
         return cls(own.rank, own.local_rank, node_name(), os.getpid(), facts.name, str(facts.uuid), versions)
-
-
-def node_name() -> str:
-    """This machine, as Slurm calls it where it does."""
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def introduce(store: dist.Store, own: RankEnvironment, device: torch.device, timeout_s: float) -> tuple[Peer, ...]:

@@ -84,6 +84,11 @@ def _first_node(environment: Mapping[str, str]) -> str:
     return expand_nodes(listed)[0]
 
 
+def node_name() -> str:
+    """This machine, as Slurm calls it where it does."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
 def expand_nodes(text: str) -> list[str]:
     """Machines of a Slurm node list: `n[1-3,07],gpu-a` -> n1, n2, n3, n07, gpu-a. Raises UserError.
 

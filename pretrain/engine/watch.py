@@ -23,7 +23,7 @@ from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 from pretrain.engine.claim import Claim
-from pretrain.engine.preflight import node_name
+from pretrain.engine.ranks import node_name
 from pretrain.engine.trainer import Trainer
 from pretrain.errors import DataCorruption, ExitCode
 from pretrain.runfolder.layout import RunFolder

@@ -1,4 +1,4 @@
-"""The launches that all engine tests share: one start of 4 ranks, one of 1, one of 2."""
+"""The launches that all engine tests share: one start of 4 ranks, one of 1, one of 2; two more in the slow suite."""
 
 from __future__ import annotations
 
@@ -34,3 +34,21 @@ def two(base: Path, one: dict[str, Any]) -> dict[str, Any]:
 @pytest.fixture(params=[1, 2], ids=["1 rank", "2 ranks"])
 def small(request: pytest.FixtureRequest, one: dict[str, Any], two: dict[str, Any]) -> dict[str, Any]:
     return one if request.param == 1 else two
+
+
+@pytest.fixture(params=[2, pytest.param(4, marks=pytest.mark.slow)], ids=["2 ranks", "4 ranks"])
+def families(request: pytest.FixtureRequest, base: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Results of the families' cases on one rank, and on several."""
+    if request.param == 2:
+        return request.getfixturevalue("one"), request.getfixturevalue("two")
+    return request.getfixturevalue("families_on_one"), request.getfixturevalue("families_on_four")
+
+
+@pytest.fixture(scope="session")
+def families_on_one(base: Path) -> dict[str, Any]:
+    return launch_cases("tests.engine.families", 1, base / "families-1")
+
+
+@pytest.fixture(scope="session")
+def families_on_four(base: Path) -> dict[str, Any]:
+    return launch_cases("tests.engine.families", 4, base / "families-4")

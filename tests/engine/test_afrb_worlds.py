@@ -12,26 +12,23 @@ pytestmark = [pytest.mark.launch, pytest.mark.timeout(900)]  # the first test of
 
 
 @pytest.mark.parametrize("form", ["token", "channel", "token and channel"])
-def test_a_recurrence_over_ranks_equals_one_rank(one: dict[str, Any], two: dict[str, Any], four: dict[str, Any],
-                                                 form: str) -> None:
-    alone = case(one, "sequence_parallel")[form]
-    for several in (two, four):
-        for want, got in zip(alone, case(several, "sequence_parallel")[form], strict=True):
-            assert got == pytest.approx(want, rel=1e-12, abs=1e-12)
+def test_a_recurrence_over_ranks_equals_one_rank(families: tuple[dict[str, Any], dict[str, Any]], form: str) -> None:
+    alone, several = (case(results, "sequence_parallel")[form] for results in families)
+    for want, got in zip(alone, several, strict=True):
+        assert got == pytest.approx(want, rel=1e-12, abs=1e-12)
 
 
 STAGES = ("vector 3", "matrix 0", "matrix 2", "matrix 3", "matrix checkpointing")
 
 
-def test_losses_depend_neither_on_stage_nor_on_ranks(one: dict[str, Any], two: dict[str, Any],
-                                                     four: dict[str, Any]) -> None:
+def test_losses_depend_neither_on_stage_nor_on_ranks(families: tuple[dict[str, Any], dict[str, Any]]) -> None:
     """Tables looked up by id, maps frozen by mask, scalars and tied tables: the same at ZeRO-0, 2, 3 and 1, 2, 4 ranks.
 
     Stage 3 keeps no weight between two uses, so one that is read outside of its module would be empty.
     """
-    want = case(one, "afrb_needles")
-    for world in (one, two, four):
-        found = case(world, "afrb_needles")
+    want = case(families[0], "afrb_needles")
+    for results in families:
+        found = case(results, "afrb_needles")
         for key in ("vector 0", *STAGES):
             assert found[key] == pytest.approx(want[f"{key.split()[0]} 0"], rel=1e-5), key
         assert found["matrix bf16"] == pytest.approx(want["matrix 0"], rel=2e-2)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from slurm.decide import Outcome, decide, may_begin, outcome_of
 from slurm.facts import Facts, cause_of
 from slurm.history import Start, note, note_submission, read_history, starts_file
 from slurm.script import frozen_config
-from tests.slurm.cluster import payload_config
+from tests.slurm.cluster import ROOT, payload_config
 
 RUNNING = ("JobId=7 JobName=run JobState=RUNNING Reason=None Restarts=1 PreemptTime=None EndTime=2026-01-01T00:00:00\n"
            "TimeLeft=1-02:03:04\nBadNode=n2 down*\nBadNode=n2 down*\nBadNode=x9 drained\n")
@@ -255,3 +257,9 @@ def test_a_batch_that_divides_over_nothing_is_refused(tmp_path: Path) -> None:
     config = payload_config(tmp_path, 10).config
     with pytest.raises(UserError, match="divides over no number of machines up to 3 with 7 ranks each"):
         batch.usable_nodes(config, slurm(nodes=8, min_nodes=1, tasks_per_node=7), 3)
+
+
+def test_what_the_batch_script_asks_loads_no_torch() -> None:
+    code = "import sys, slurm.batch, slurm.nodecheck; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-P", "-c", code], check=True, timeout=60, cwd=ROOT,
+                   env={**os.environ, "PYTHONPATH": str(ROOT)})
