@@ -22,6 +22,9 @@ from pretrain.monitor.rows import Row, read_metrics
 from pretrain.runfolder.layout import RunFolder
 from pretrain.runfolder.publish import write_json_atomic, write_text_atomic
 
+_LOW = "/low"
+"""Ends the key of an interval's lower end in a row of metrics."""
+
 
 @dataclass(frozen=True, slots=True)
 class Cell:
@@ -65,11 +68,14 @@ def run_figures(root: Path, at: Literal["final", "best"] = "final") -> dict[str,
 
 
 def run_lower_bounds(root: Path, at: Literal["final", "best"] = "final") -> dict[str, float]:
-    """Lower ends of the 95% intervals in the results.json files that `run_figures` reads, by name of the figure."""
+    """Lower ends of the 95% intervals of what `run_figures` finds, by name of the figure; not all have one."""
     folder = RunFolder.open(root)
-    step = _step_of(folder, [row for row in read_metrics(folder) if any("/" in key for key in row)], at)
-    return {name: record.ci[0] for results in read_results(folder.eval_dir) if results.step in (step, None)
-            for name, record in results.metrics.items() if record.ci is not None}
+    rows = [row for row in read_metrics(folder) if any("/" in key for key in row)]
+    step = _step_of(folder, rows, at)
+    found = {key.removesuffix(_LOW): float(value) for row in rows if row["step"] == step for key, value in row.items()
+             if key.endswith(_LOW) and isinstance(value, (int, float))}
+    return found | {name: record.ci[0] for results in read_results(folder.eval_dir) if results.step in (step, None)
+                    for name, record in results.metrics.items() if record.ci is not None}
 
 
 def _step_of(folder: RunFolder, rows: Sequence[Row], at: Literal["final", "best"]) -> int | None:

@@ -41,7 +41,7 @@ code = json.loads(Path("codes.json").read_text()).get(loaded.config.name, 0)
 if code == "wait":
     time.sleep(60)
 loss = loaded.config.optim.lr + loaded.config.seed
-folder.metrics_jsonl.write_bytes(encode({"step": 60, "val/loss": loss}, lease.fence))
+folder.metrics_jsonl.write_bytes(encode({"step": 60, "val/loss": loss, "val/loss/low": loss - 1}, lease.fence))
 Status(fence=lease.fence).ended(ExitCode(code), "length reached").write(folder)
 lease.release()
 sys.exit(code)
@@ -82,6 +82,7 @@ def test_runs_are_trained_once_and_the_table_pairs_seeds(place: Path) -> None:
     assert order(place) == []
     low, high = json.loads((place / "runs/lr/sweep.json").read_text())["cells"]
     assert (low["row"], low["mean"], low["minimum"], low["maximum"]) == ("low", 42.25, 41.25, 43.25)
+    assert (low["lowest"], high["lowest"]) == (40.25, 40.75)
     assert high["difference"] == pytest.approx(0.5)
     assert high["interval"] == pytest.approx([0.5, 0.5])
     assert low["difference"] is None
