@@ -65,14 +65,18 @@ def whiten_tables(model: AFRBForCausalLM) -> None:
 def set_scale(model: AFRBForCausalLM, ctx: Start) -> float:
     """Start the memory's logits at 9 times what the backbone's first choices stand above their mean. Returns the scale.
 
-    Every rank measures the same samples, so that the scale does not depend on their number.
+    Every rank measures the same samples, so that the scale does not depend on their number; one at a time, as there may
+    be memory for no more.
     """
     memory = model.memory
     assert memory is not None
-    batch = ctx.train_samples(_MEASURED_ROWS).to(ctx.device)
-    logits = model(**_inputs(batch), return_logits=True, logits_to_keep=_ROWS, controls={"readout_off": 1.0}).logits
-    above = (logits.float().amax(-1) - logits.float().mean(-1)).mean()
-    scale = max(_LEAST_SCALE, _SCALE * float(above))
+    samples = ctx.train_samples(_MEASURED_ROWS)
+    above = []
+    for row in range(len(samples)):
+        inputs = _inputs(samples.rows(row, row + 1).to(ctx.device))
+        logits = model(**inputs, return_logits=True, logits_to_keep=_ROWS, controls={"readout_off": 1.0}).logits.float()
+        above.append(float((logits.amax(-1) - logits.mean(-1)).mean()))
+    scale = max(_LEAST_SCALE, _SCALE * sum(above) / len(above))
     memory.log_scale.start.fill_(math.log(scale))
     return scale
 
