@@ -5,6 +5,8 @@ import json
 import re
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as parquet
 import pytest
 import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -21,7 +23,7 @@ PROSE = "The boats came back to the harbour that evening, and the men of the vil
 @pytest.fixture
 def corpora(tmp_path) -> Path:
     root = tmp_path / "corpora"
-    for folder in ("books", "web", "notes", "held-out", "triplets", "nq/qrels", "packages/p", "nli"):
+    for folder in ("books", "web", "crawl", "notes", "held-out", "triplets", "nq/qrels", "packages/p", "nli"):
         (root / folder).mkdir(parents=True)
     for i in range(40):
         (root / "books" / f"{i}.txt").write_text(f"{PROSE} {i}.\n" * (1 + i % 3))
@@ -30,6 +32,7 @@ def corpora(tmp_path) -> Path:
     def lines(name, rows, pack=bytes):
         (root / name).write_bytes(pack("".join(json.dumps(row) + "\n" for row in rows).encode()))
     lines("web/a.jsonl", [{"text": f"Page {i}: {PROSE} {'again ' * i}."} for i in range(40)])
+    parquet.write_table(pa.table({"text": [f"Row {i}: {PROSE} {i}." for i in range(40)]}), root / "crawl/0.parquet")
     lines("quiz.jsonl", [{"text": "What is the name of the harbour?"}])
     lines("triplets/t.jsonl.gz", [{"query": f"query {i}", "positive": f"answer {i}", "negative": "no"}
                                   for i in range(40)], gzip.compress)
@@ -67,4 +70,4 @@ def test_the_configs_of_the_page_run(name, corpora, tmp_path, monkeypatch):
 
 
 def test_the_page_has_its_examples():
-    assert {"my-data.yaml", "my-pairs.yaml", "clean-data.yaml", "preset-pairs.yaml"} <= set(EXAMPLES)
+    assert {"my-data.yaml", "my-parquet.yaml", "my-pairs.yaml", "clean-data.yaml", "preset-pairs.yaml"} <= set(EXAMPLES)
