@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pretrain.cli.options import JsonOption, SetOption
-from pretrain.errors import CheckFailed, ExitCode, PretrainError
+from pretrain.errors import CheckFailed, ExitCode, PretrainError, UserError
 
 if TYPE_CHECKING:
     from pretrain.config.sweep import SweepConfig, SweepRun
@@ -48,7 +48,11 @@ def sweep(file: Annotated[Path, typer.Argument(metavar="SWEEP", help="YAML file 
         folder.mkdir(parents=True, exist_ok=True)
         stopped = _Pool(config, folder, jobs).run(runs)
     states = {run.name: _state(config, run) for run in runs}
-    _show(config, folder, runs, states, as_json=as_json)
+    try:
+        _show(config, folder, runs, states, as_json=as_json)
+    except UserError:
+        if not stopped:  # what the table shows may come from evaluations that the stop prevented
+            raise
     if stopped:
         raise typer.Exit(int(ExitCode.STOPPED))
     failed = [name for name, state in states.items() if state != "done"]
