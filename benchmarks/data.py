@@ -8,6 +8,8 @@ Text is the interpreter's own standard library; the tokenizer a byte-level BPE o
 - workers: wall time of the whole preparation with one and with two processes. It needs two idle cores;
 - verify: MB/s of `pretrain data verify` beside plain SHA-256 of the same files, both on all cores;
 - audit: training tokens a CPU-second past an index.
+
+`python -P -m benchmarks.data writing audit` measures some parts only and keeps the others' results.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import sysconfig
 import tempfile
 from collections.abc import Callable
@@ -25,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.harness import Comparison, Summary, compare, cpu_seconds, rounds, wall_seconds, write_results
+from benchmarks.harness import RESULTS, Comparison, Summary, compare, cpu_seconds, rounds, wall_seconds, write_results
 from benchmarks.planted import planted
 from data_prep.audit import Side, audit
 from data_prep.build import Build
@@ -165,31 +168,31 @@ def audit_speed(dataset: Path) -> dict[str, Summary]:
     return rounds(measures, unit="Mtokens/CPU-s", n=5)
 
 
-def main() -> None:
-    """Run it all in a temporary folder; about ten minutes."""
+def main(chosen: list[str]) -> None:
+    """Measure all parts, or the chosen ones, in a temporary folder; ten minutes. Each is kept as it is done."""
+    kept = RESULTS / "data.json"
+    found: dict[str, Any] = json.loads(kept.read_text())["results"] if chosen and kept.exists() else {}
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
+        size = None if not chosen or {"verify", "audit"} & set(chosen) else TEXT_BYTES
         made = prepare(config_of(root / "made", tokenizer={"vocab_size": 8192}, workers=available_cores(),
-                                 sources=[{"kind": "stdlib"}], blocks_per_shard=64))
+                                 sources=[{"kind": "stdlib", "max_bytes": size}], blocks_per_shard=64))
         tokenizer = made.folder / "tokenizer.json"
-        speed, found = writing(root, tokenizer), copies(root)
-        costs, hashing, audits = steps(root), verify(made.folder), audit_speed(made.folder)
-        load = os.getloadavg()[0]
-        scaling = workers(root, tokenizer) if load < BUSY else f"not measured: the load of the machine was {load:.1f}"
-    print(f"writing {speed.ours}\nlibrary {speed.other}\nratio {speed.ratio}; goal {GOAL:g}: "
-          f"{'met' if speed.ratio.median >= GOAL else 'MISSED'}")
-    if isinstance(scaling, str):
-        print(f"1 worker over 2: {scaling}")
-    else:
-        print(f"1 worker over 2: {scaling.ratio}; goal {WORKERS_GOAL:g}: "
-              f"{'met' if scaling.ratio.median >= WORKERS_GOAL else 'MISSED'}")
-    print(f"near copies: {found}\nverify over plain hashing: {hashing.ratio} ({hashing.ours})")
-    for label, summary in {**costs, **{f"audit, {k}": v for k, v in audits.items()}}.items():
-        print(f"{label}: {summary}")
-    write_results("data", {"text": f"standard library of {sysconfig.get_python_version()}", "writing": speed,
-                           "writing_goal": GOAL, "reading_with_step": costs, "workers": scaling,
-                           "workers_goal": WORKERS_GOAL, "near_copies": found, "verify": hashing, "audit": audits})
+        parts: dict[str, Callable[[], Any]] = {
+            "writing": lambda: writing(root, tokenizer), "near_copies": lambda: copies(root),
+            "reading_with_step": lambda: steps(root), "verify": lambda: verify(made.folder),
+            "audit": lambda: audit_speed(made.folder), "workers": lambda: _if_quiet(lambda: workers(root, tokenizer))}
+        for part in chosen or parts:
+            found[part] = parts[part]()
+            print(f"{part}: {found[part]}", flush=True)
+            write_results("data", {"text": f"standard library of {sysconfig.get_python_version()}", **found,
+                                   "writing_goal": GOAL, "workers_goal": WORKERS_GOAL})
+
+
+def _if_quiet(measure: Callable[[], Comparison]) -> Comparison | str:
+    load = os.getloadavg()[0]
+    return measure() if load < BUSY else f"not measured: the load of the machine was {load:.1f}"
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
