@@ -31,9 +31,15 @@ def two(base: Path, one: dict[str, Any]) -> dict[str, Any]:
     return launch_cases("tests.engine.two_ranks", 2, base / "two_ranks")
 
 
-@pytest.fixture(params=[1, 2], ids=["1 rank", "2 ranks"])
-def small(request: pytest.FixtureRequest, one: dict[str, Any], two: dict[str, Any]) -> dict[str, Any]:
-    return one if request.param == 1 else two
+@pytest.fixture(scope="session")
+def alone(base: Path) -> dict[str, Any]:
+    return launch_cases("tests.engine.alone", 1, base / "alone")
+
+
+@pytest.fixture(params=[pytest.param("alone", marks=pytest.mark.slow), "two"], ids=["1 rank", "2 ranks"])
+def small(request: pytest.FixtureRequest) -> dict[str, Any]:
+    results: dict[str, Any] = request.getfixturevalue(request.param)
+    return results
 
 
 @pytest.fixture(params=[2, pytest.param(4, marks=pytest.mark.slow)], ids=["2 ranks", "4 ranks"])
@@ -41,12 +47,7 @@ def families(request: pytest.FixtureRequest, base: Path) -> tuple[dict[str, Any]
     """Results of the families' cases on one rank, and on several."""
     if request.param == 2:
         return request.getfixturevalue("one"), request.getfixturevalue("two")
-    return request.getfixturevalue("families_on_one"), request.getfixturevalue("families_on_four")
-
-
-@pytest.fixture(scope="session")
-def families_on_one(base: Path) -> dict[str, Any]:
-    return launch_cases("tests.engine.families", 1, base / "families-1")
+    return request.getfixturevalue("alone"), request.getfixturevalue("families_on_four")
 
 
 @pytest.fixture(scope="session")

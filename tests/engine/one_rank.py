@@ -10,11 +10,8 @@ import torch
 from pretrain.engine.distributed import World
 from tests.engine import (
     afrb_cases,
-    background_cases,
     elastic_cases,
     feature_cases,
-    interruption_cases,
-    rewind_cases,
     shared_cases,
     spectra_cases,
     toy,
@@ -88,12 +85,10 @@ def next_link(world: World, folder: Path) -> dict[str, Any]:
 
 
 CASES = {"bare_loop": bare_loop, "splits": shared_cases.splits, "contrastive": shared_cases.contrastive,
-         "bf16": shared_cases.bf16, "resume": shared_cases.resume, "not_finite": shared_cases.not_finite,
-         "frozen_and_buffers": shared_cases.frozen_and_buffers, "read_write": shared_cases.read_write,
-         "evaluation_changes_nothing": evaluation_changes_nothing, "golden": golden,
+         "bf16": shared_cases.bf16, "evaluation_changes_nothing": evaluation_changes_nothing, "golden": golden,
          "next_link": next_link, "undisturbed": elastic_cases.undisturbed, "proof": elastic_cases.proof,
-         **feature_cases.CASES, **rewind_cases.CASES, **interruption_cases.CASES,
-         **background_cases.CASES, **afrb_cases.CASES, **spectra_cases.SMALL_CASES}
+         **feature_cases.CASES, **afrb_cases.EVERYWHERE, "afrb_evaluated": afrb_cases.evaluated,
+         **spectra_cases.CASES, "spectra_baseline": spectra_cases.baseline}
 
 if __name__ == "__main__":
     main(CASES)
