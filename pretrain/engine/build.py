@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +13,14 @@ from transformers import PreTrainedModel
 from pretrain.config.deepspeed import built_in_parts, deepspeed_config
 from pretrain.config.run import Precision, ResolvedBatch, RunConfig
 from pretrain.engine.distributed import World
-from pretrain.engine.traps import float_buffers, quiet, remove_stale_locks, restore_buffers, set_partitioned_master
+from pretrain.engine.traps import (
+    float_buffers,
+    freed_memory_returned,
+    quiet,
+    remove_stale_locks,
+    restore_buffers,
+    set_partitioned_master,
+)
 from pretrain.models.base import BuildContext, Family, ParamGroup
 
 
@@ -148,7 +156,8 @@ def build_model(config: RunConfig, family: Family, batch: ResolvedBatch, precisi
     context = BuildContext(dtype=torch.float32, device=world.device, seed=config.seed,
                            activation_checkpointing=config.engine.activation_checkpointing,
                            document_masking=config.data.document_masking)
-    model = family.build(config.model, context)
+    with freed_memory_returned() if keepalive is not None else nullcontext():
+        model = family.build(config.model, context)
     model.train()
     return model, ds_config, keepalive
 

@@ -78,5 +78,6 @@ def test_the_others():
     assert trunk.trunk_parameters() == tiny.trunk_parameters() < tiny.parameter_count().total < 10_000_000
     large, whole = (load_run_config(f"spectra-{name}").config.model for name in ("m456-trunk", "m456"))
     assert large.trunk_parameters() == whole.trunk_parameters()
-    assert {*NAMED, "spectra-tiny", "spectra-tiny-trunk", "spectra-m456-trunk", "spectra-m456-compat"} == {
+    small = {"spectra-tiny", "spectra-tiny-code", "spectra-tiny-trunk"}
+    assert {*NAMED, *small, "spectra-m456-trunk", "spectra-m456-compat"} == {
         name for name in list_presets() if name.startswith("spectra")}
