@@ -29,7 +29,7 @@ from pretrain.config.registry import FAMILIES, resolve
 from pretrain.monitor.memory import current_rss, peak_rss, reset_peak_rss
 
 BUILD_GOAL, TRAIN_GOAL = 1.3, 0.15
-LENGTH = 64
+LENGTH = 32
 
 
 def build(sets: list[str], folder: Path) -> None:
@@ -78,7 +78,7 @@ def training(folder: Path) -> list[str]:
             f"data.source.query_length={LENGTH}", f"data.source.passage_length={LENGTH}",
             "data.source.negatives_per_query=0", "data.workers=0", f"train.length={STEPS} steps", "train.patience=null",
             "schedule.warmup=1 steps", "engine.zero_stage=3", "engine.precision=bf16",
-            "engine.activation_checkpointing=true", "batch.micro_batch_size=4", "batch.gradient_accumulation_steps=2",
+            "engine.activation_checkpointing=true", "batch.micro_batch_size=2", "batch.gradient_accumulation_steps=2",
             "eval.every=null", "checkpoint.every=null", "monitor.tensorboard=false", "monitor.progress=off",
             "monitor.log_every=1 steps", "objective.grad_cache=true"]
 
