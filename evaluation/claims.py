@@ -137,7 +137,7 @@ def _evaluations(run: Path) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for row in read_metrics(RunFolder.open(run)):
         for key, value in row.items():
-            if "/" in key and not key.endswith(("/low", "/high")):
+            if "/" in key and not key.startswith("time/") and not key.endswith(("/low", "/high")):
                 ends = [row.get(f"{key}/{end}") for end in ("low", "high")]
                 figure = {"value": value} | ({"ci": ends} if None not in ends else {})
                 found.setdefault(str(row["step"]), {})[key] = figure

@@ -109,7 +109,7 @@ def test_of_a_run_its_evaluations_are_kept(tmp_path: Path):
     run.mkdir(parents=True)
     (run / "config.yaml").write_text("name: x\n")
     rows = [{"fence": 1, "step": 0, "val/a": 0.5, "val/a/low": 0.4, "val/a/high": 0.6},
-            {"fence": 1, "step": 1, "loss": 2.0}, {"fence": 1, "step": 2, "val/a": 0.75}]
+            {"fence": 1, "step": 1, "loss": 2.0, "time/step": 0.1}, {"fence": 1, "step": 2, "val/a": 0.75}]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     keep(run / "metrics.jsonl", tmp_path / "y.json")
     assert json.loads((tmp_path / "y.json").read_text()) == {"run": "x", "evaluations": {
