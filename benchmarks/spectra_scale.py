@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.estimate import RANKS, STEPS, rank
+from benchmarks.estimate import RANKS, STEPS, PeakRecorder
 from benchmarks.harness import write_results
 from data_prep.manifest import Manifest, PairsRecord, write_manifest
 from data_prep.pairs import PairWriter, TokenPair
@@ -26,6 +26,7 @@ from pretrain.config.load import load_run_config
 from pretrain.config.machine import memory_bytes
 from pretrain.config.plan import make_plan
 from pretrain.config.registry import FAMILIES, resolve
+from pretrain.engine.evaluator import EvalResult, Metric, RunView
 from pretrain.monitor.memory import current_rss, peak_rss, reset_peak_rss
 
 BUILD_GOAL, TRAIN_GOAL = 1.3, 0.15
@@ -55,6 +56,25 @@ def build(sets: list[str], folder: Path) -> None:
     (folder / f"rank-{world.rank}.json").write_text(json.dumps(figures))
     del keepalive
     shutdown(0, world)
+
+
+class Recorder(PeakRecorder):
+    """Notes the peak, and gives the figure that the run selects by."""
+
+    def evaluate(self, view: RunView) -> EvalResult:
+        super().evaluate(view)
+        return EvalResult({"val/loss": Metric(0.0, 1, False)})
+
+
+def rank(preset: str, sets: list[str], folder: Path) -> None:
+    """One rank of `pretrain train`, with everything imported before its resident set is noted."""
+    import deepspeed  # noqa: F401
+
+    from pretrain.cli import train
+    from pretrain.models.spectra import family, model  # noqa: F401
+    train.evaluators = lambda config: [Recorder(folder)]
+    train.report = lambda loaded: None
+    train.train(preset=preset, sets=sets)
 
 
 def pairs(folder: Path) -> None:
