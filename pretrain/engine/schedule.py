@@ -29,7 +29,7 @@ class LearningRate:
     def __init__(self, config: ScheduleConfig, *, warmup_steps: int, decay_steps: int, total_steps: int) -> None:
         self.config = config
         self.warmup = min(warmup_steps, total_steps)
-        self.decay = min(decay_steps, total_steps)
+        self.decay = min(decay_steps, total_steps - 1)  # the first update is no part of the decay
         self.total = total_steps
         self.plateau = PlateauState()
 

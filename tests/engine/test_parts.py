@@ -52,6 +52,7 @@ def test_a_schedule_rises_to_the_peak_then_never_rises_again(name: str, warmup: 
 def test_the_last_update_has_the_lowest_rate() -> None:
     assert schedule("cosine", min_lr_ratio=0.1).factor(99) == pytest.approx(0.1)
     assert schedule("linear", min_lr_ratio=0.1).factor(99) == pytest.approx(0.1)
+    assert schedule("wsd", warmup=0, total=1, min_lr_ratio=0.0).factor(0) == 1.0
     wsd = schedule("wsd", min_lr_ratio=0.0)
     assert wsd.factor(89) == 1.0
     assert wsd.factor(90) == pytest.approx(0.9)
