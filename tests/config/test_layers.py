@@ -144,7 +144,8 @@ def test_parts_of_lists_can_be_set(write, base):
 @pytest.mark.parametrize("name", presets())
 def test_a_dump_loads_to_an_equal_config(name, write):
     loaded = load_run_config(name, ["optim.lr=1.5e-4", "train.length=3M tokens", "engine.zero3_init=on",
-                                    "engine.deepspeed={aio: {b: [1, 2.5, off]}, timers: {}}", "eval.every=null"])
+                                    "engine.deepspeed={aio: {b: [1, 2.5, off]}, timers: {}}", "eval.every=null",
+                                    "train.patience=null"])
     for with_origins in (True, False):
         again = load_run_config(write(dump_yaml(loaded, with_origins), "again.yaml"))
         assert again.config == loaded.config

@@ -95,13 +95,15 @@ def activation_bytes(cfg: AFRBConfig, seq_len: int, scored: int, *, element_byte
         return memory
     layer, block = _layer_bytes(cfg, element_bytes), _block_bytes(cfg, element_bytes)
     mask = 0 if cfg.disable_attn else seq_len * element_bytes
-    layers, outside = cfg.backbone.sizes.num_layers, _norm_bytes(cfg, element_bytes) + mask + memory
+    # Without attention only scored tokens go through the layers, unless a vector readout looks back at the others.
+    passing = scored / seq_len if cfg.disable_attn and (cfg.matrix or cfg.readout_from != "pvm") else 1.0
+    layers, outside = passing * cfg.backbone.sizes.num_layers, passing * _norm_bytes(cfg, element_bytes) + mask + memory
     if cfg.backbone.architecture == "gpt_neo" and not cfg.disable_attn:
         layer += _FP32 * cfg.backbone.sizes.num_heads * seq_len  # its attention keeps probabilities
     if checkpointing:
         stream = cfg.hidden_size * element_bytes
         traces = cfg.n_afrb * _FP32 * cfg.hidden_size if cfg.vector_pvm else 0
-        working = 2 * max(layer, block)  # computed again, and its gradients
+        working = 2 * max(passing * layer, block)  # computed again, and its gradients
         return (layers + cfg.n_afrb) * stream + traces + working + outside
     return layers * layer + cfg.n_afrb * block + outside
 
