@@ -104,7 +104,8 @@ def activation_bytes(cfg: AFRBConfig, seq_len: int, scored: int, *, element_byte
         stream = cfg.hidden_size * element_bytes
         traces = cfg.n_afrb * _FP32 * cfg.hidden_size if cfg.vector_pvm else 0
         working = 2 * max(passing * layer, block)  # computed again, and its gradients
-        return (layers + cfg.n_afrb) * stream + traces + working + outside
+        least = (layers + cfg.n_afrb) * stream + traces + working  # of one block it would be more than its own
+        return min(least, layers * layer + cfg.n_afrb * block) + outside
     return layers * layer + cfg.n_afrb * block + outside
 
 

@@ -45,7 +45,7 @@ def _head_flops(cfg: SpectraConfig) -> int:
 def activation_bytes_per_token(cfg: SpectraConfig, length: int, *, element_bytes: int, checkpointing: bool) -> float:
     """Bytes kept for the backward pass at dropout 0, a token of rows of `length`."""
     inside, outside = _block_bytes(cfg, length, element_bytes), _outer_bytes(cfg, length, element_bytes)
-    if checkpointing:  # the input of each block, and one block at a time while it is computed again
+    if checkpointing and cfg.num_layers > 1:  # the input of each block, and one at a time while it is computed again
         return cfg.num_layers * cfg.hidden_size * element_bytes + inside + outside
     return cfg.num_layers * inside + outside
 
