@@ -8,12 +8,15 @@
 | 85 for a control file, max_hours, SIGTERM from elsewhere | finished: someone wanted it to stop |
 | 1 an internal error, 6 a hang, or no verdict at all | again |
 
-*Again* holds up to `slurm.max_restarts`, and after anything but a preemption only where the start made progress: a
-newer checkpoint, or a step that no start had reached before.
+*Again* holds up to `slurm.max_restarts`, and only where the start made progress (a newer checkpoint, or a step that no
+start had reached before) or something outside of the run ended it: a preemption, a machine that failed, a batch script
+that was lost. Steps are numbered anew at each restart, so the srun of a lost script, once its machine is reachable
+again, ends "its" step by a number that now belongs to the next start.
 """
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,6 +29,8 @@ from slurm.history import Action, Start
 _PERSON = {ExitCode.USER, ExitCode.CORRUPT, ExitCode.DIVERGED, ExitCode.FAILED_CHECK, ExitCode.INTERRUPTED}
 _BY_SIGNAL = ("time limit", "preempted", "asked")
 """Causes after which a run that saved is to go on."""
+_KILLED = 128 + signal.SIGKILL
+"""What srun answers where a task was killed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +42,8 @@ class Outcome:
     reason: str
     reached: int
     progressed: bool
+    struck: bool = False
+    """Killed right after a start whose batch script was lost, which may have done it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +68,8 @@ def outcome_of(start: Start, earlier: Sequence[Start], status: Status | None, sa
     known = {int(code) for code in ExitCode}
     code = srun_code if srun_code in known and own is None else int(ExitCode.INTERNAL)
     what = "ended without a verdict" if own is not None else "ended before it took the run folder"
-    return Outcome(code, f"{what} (srun: {srun_code})", reached, progressed)
+    struck = srun_code == _KILLED and bool(earlier) and earlier[-1].action == "leave"
+    return Outcome(code, f"{what} (srun: {srun_code})", reached, progressed, struck)
 
 
 def decide(slurm: SlurmConfig, start: Start, outcome: Outcome, facts: Facts) -> Decision:
@@ -84,11 +92,12 @@ def decide(slurm: SlurmConfig, start: Start, outcome: Outcome, facts: Facts) -> 
         reason = f"{cause} ({reason})" if cause == "asked" else cause
     else:
         reason = _lost(start, facts) or (f"{start.cause}, not saved in time" if start.cause in _BY_SIGNAL else reason)
-    return _again(slurm, start, reason, code, progressed=outcome.progressed, preempted=preempted)
+    outside = preempted or outcome.struck or bool(_lost(start, facts))
+    return _again(slurm, start, reason, code, worth_it=outcome.progressed or outside)
 
 
-def _again(slurm: SlurmConfig, start: Start, reason: str, code: int, *, progressed: bool, preempted: bool) -> Decision:
-    if not (progressed or preempted):
+def _again(slurm: SlurmConfig, start: Start, reason: str, code: int, *, worth_it: bool) -> Decision:
+    if not worth_it:
         return Decision("finish", f"{reason}; this start made no progress", code)
     if slurm.restart == "never":
         return Decision("finish", f"{reason}; slurm.restart is never", code)

@@ -107,6 +107,25 @@ def test_a_preemption_needs_no_progress_but_counts_as_a_restart() -> None:
     assert (decision.action, decision.reason) == ("finish", "preempted; slurm.max_restarts 2 reached")
 
 
+def test_a_machine_that_failed_needs_no_progress_either() -> None:
+    facts = Facts("RUNNING", 0, bad_nodes=(("n3", "down*"),))
+    fruitless = ended(ExitCode.INTERNAL, "rank 1 lost its connection", progressed=False)
+    assert decide(slurm(), START, fruitless, facts).action == "requeue"
+    elsewhere = Facts("RUNNING", 0, bad_nodes=(("n9", "down*"),))
+    assert decide(slurm(), START, fruitless, elsewhere).action == "finish"
+
+
+@pytest.mark.parametrize(("srun", "before", "action"), [
+    (137, "leave", "requeue"), (137, "requeue", "finish"), (137, None, "finish"), (1, "leave", "finish")])
+def test_a_start_that_a_lost_batch_script_may_have_killed_is_tried_again(srun: int, before: Any, action: str) -> None:
+    """Its srun, reachable again, ends step 1 of the job, which by then is a step of the next start."""
+    earlier = [start(begun=1.0, action=before)] if before else []
+    outcome = outcome_of(START, earlier, Status(4, "running"), 40, srun)
+    decision = decide(slurm(), START, outcome, FACTS)
+    assert (decision.action, decision.code) == (action, 1)
+    assert decision.reason.startswith(f"ended without a verdict (srun: {srun})")
+
+
 def test_what_slurm_does_itself_is_left_to_it() -> None:
     facts = Facts("COMPLETING", 1, bad_nodes=(("n3", "down*"),))
     decision = decide(slurm(), START, ended(ExitCode.INTERNAL, "rank 1 lost its connection"), facts)
