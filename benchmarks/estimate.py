@@ -25,7 +25,7 @@ from pretrain.monitor.memory import current_rss, peak_rss, reset_peak_rss
 RANKS, STEPS, SEQ_LEN = 2, 3, 512
 GOAL = 0.15
 IMPORTS = ("deepspeed", "evaluation.perplexity", "pretrain.models.baseline.family", "pretrain.models.baseline.model",
-           "pretrain.models.afrb.family")
+           "pretrain.models.afrb.family", "pretrain.models.spectra.family", "pretrain.models.spectra.model")
 CASES: list[tuple[str, int, Precision, int, int]] = [
     ("baseline-124m", 2, "bf16", 1, 1), ("baseline-124m", 3, "bf16", 1, 1), ("baseline-124m", 2, "fp32", 1, 1),
     ("baseline-124m", 3, "fp32", 1, 1), ("baseline-124m", 2, "bf16", 4, 2), ("baseline-350m", 2, "bf16", 1, 1),
@@ -76,11 +76,16 @@ def rank(preset: str, sets: list[str], folder: Path) -> None:
 
 def peaks(preset: str, sets: list[str], folder: str) -> list[dict[str, int]]:
     """Of each rank of a run: bytes beyond its imports at the peak, and of the imports."""
+    return figures_of_ranks("benchmarks.estimate", "rank", preset, json.dumps(sets), folder)
+
+
+def figures_of_ranks(module: str, *words: str) -> list[dict[str, Any]]:
+    """What each of the ranks of `module` has left in the folder that its last word names."""
     from pretrain.engine.launcher import launch, worker_command
-    command = worker_command("benchmarks.estimate", "rank", preset, json.dumps(sets), folder)
-    code = launch(command, RANKS, threads=1)
+    code = launch(worker_command(module, *words), RANKS, threads=1)
     if code:
-        raise SystemExit(f"{preset} {sets}: the run ended with code {code}")
+        raise SystemExit(f"{module} {words}: the ranks ended with code {code}")
+    folder = words[-1]
     return [json.loads((Path(folder) / f"rank-{number}.json").read_text()) for number in range(RANKS)]
 
 

@@ -96,7 +96,7 @@ def loader_of(source: ShardSource, start_k: int = 0, workers: int = 0) -> Update
 def read_ours(source: ShardSource, workers: int = 0) -> int:
     """One epoch in shuffled order: input_ids, labels with document masking, document ids."""
     with loader_of(source, workers=workers) as loader:
-        updates = itertools.islice(loader, WINDOWS // BATCH)
+        updates = itertools.islice(loader, len(source) // BATCH)
         return sum(len(micro) for update in updates for micro in update.micro_batches)
 
 

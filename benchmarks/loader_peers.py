@@ -20,38 +20,19 @@ from typing import Any
 
 import numpy as np
 import torch
-import webdataset
 
 from benchmarks.harness import Comparison, Summary, write_results
-from benchmarks.loader import loader_of, write_samples, write_shards
+from benchmarks.loader import BATCH, read_ours, read_stock, write_samples, write_shards
 from benchmarks.peer_worker import measured
 from benchmarks.peers import Peer, make_environment
 from pretrain.data.shards import ShardSource
 
-TOKENS, BATCH, PAIRS = 16 * 2**20, 64, 8
+TOKENS, PAIRS = 16 * 2**20, 8
 GOALS = {"webdataset": 10.0, "litdata": 1.5, "mosaicml-streaming": 20.0, "memory map, usual": 0.7,
          "memory map, fastest": 0.7}
 NEEDED = ["lightning-utilities", "filelock", "boto3", "requests", "tifffile", "obstore", "zstd", "python-snappy",
           "Brotli", "xxhash", "catalogue", "tqdm"]
 """What the peers import for tokens on a local disk; torchvision and clients of object stores are left out."""
-
-
-def read_ours(source: ShardSource) -> int:
-    """One epoch: input_ids, labels with document masking, document ids."""
-    batches = len(source) // BATCH
-    with loader_of(source) as loader:
-        return sum(len(micro) for _ in range(batches) for micro in next(loader).micro_batches)
-
-
-def read_webdataset(path: Path) -> int:
-    """One epoch of one sample a sequence through a shuffle buffer."""
-    pipeline = webdataset.WebDataset(str(path), shardshuffle=False).shuffle(1000).decode().to_tuple("tokens.npy")
-    found = 0
-    for (tokens,) in pipeline.batched(BATCH):
-        windows = torch.from_numpy(np.asarray(tokens).astype(np.int64))
-        input_ids, labels = windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
-        found += len(input_ids) and len(labels)
-    return found
 
 
 def read_flat(path: Path, seq_len: int, *, fastest: bool) -> int:
@@ -106,7 +87,7 @@ def at_length(root: Path, peer: Peer, seq_len: int) -> dict[str, dict[str, Compa
     peer.ask("write_litdata", tokens=str(flat), window=seq_len + 1, out=str(root / "litdata"))
     peer.ask("write_mosaicml", tokens=str(flat), window=seq_len + 1, out=str(root / "mosaicml"))
     others: dict[str, Callable[[], dict[str, Any]]] = {
-        "webdataset": lambda: measured(partial(read_webdataset, samples)),
+        "webdataset": lambda: measured(partial(read_stock, samples)),
         "litdata": lambda: peer.ask("epoch", kind="litdata", folder=str(root / "litdata"), window=seq_len + 1,
                                     batch=BATCH),
         "mosaicml-streaming": lambda: peer.ask("epoch", kind="mosaicml", folder=str(root / "mosaicml"),

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.estimate import RANKS, STEPS, PeakRecorder
+from benchmarks.estimate import RANKS, STEPS, figures_of_ranks, peaks
 from benchmarks.harness import write_results
 from data_prep.manifest import Manifest, PairsRecord, write_manifest
 from data_prep.pairs import PairWriter, TokenPair
@@ -26,7 +26,6 @@ from pretrain.config.load import load_run_config
 from pretrain.config.machine import memory_bytes
 from pretrain.config.plan import make_plan
 from pretrain.config.registry import FAMILIES, resolve
-from pretrain.engine.evaluator import EvalResult, Metric, RunView
 from pretrain.monitor.memory import current_rss, peak_rss, reset_peak_rss
 
 BUILD_GOAL, TRAIN_GOAL = 1.3, 0.15
@@ -58,25 +57,6 @@ def build(sets: list[str], folder: Path) -> None:
     shutdown(0, world)
 
 
-class Recorder(PeakRecorder):
-    """Notes the peak, and gives the figure that the run selects by."""
-
-    def evaluate(self, view: RunView) -> EvalResult:
-        super().evaluate(view)
-        return EvalResult({"val/loss": Metric(0.0, 1, False)})
-
-
-def rank(preset: str, sets: list[str], folder: Path) -> None:
-    """One rank of `pretrain train`, with everything imported before its resident set is noted."""
-    import deepspeed  # noqa: F401
-
-    from pretrain.cli import train
-    from pretrain.models.spectra import family, model  # noqa: F401
-    train.evaluators = lambda config: [Recorder(folder)]
-    train.report = lambda loaded: None
-    train.train(preset=preset, sets=sets)
-
-
 def pairs(folder: Path) -> None:
     """Random pairs of LENGTH tokens."""
     draw = np.random.default_rng(0)
@@ -105,28 +85,19 @@ def training(folder: Path) -> list[str]:
 
 def measure_build(sets: list[str]) -> dict[str, Any]:
     """Figures of both ranks."""
-    from pretrain.engine.launcher import launch, worker_command
     with tempfile.TemporaryDirectory() as folder:
-        code = launch(worker_command("benchmarks.spectra_scale", "build", json.dumps(sets), folder), RANKS, threads=1)
-        if code:
-            raise SystemExit(f"build: the ranks ended with code {code}")
-        ranks = [json.loads((Path(folder) / f"rank-{number}.json").read_text()) for number in range(RANKS)]
+        ranks = figures_of_ranks("benchmarks.spectra_scale", "build", json.dumps(sets), folder)
     ratio = max(figures["peak_above_base"] / figures["share"] for figures in ranks)
     return {"parameters": ranks[0]["whole"], "ranks": ranks, "peak over share": ratio, "goal": BUILD_GOAL}
 
 
 def measure_training() -> dict[str, Any]:
     """Estimate and measured peak over both ranks, and the losses."""
-    from pretrain.engine.launcher import launch, worker_command
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         sets = training(folder)
         plan = make_plan(load_run_config("spectra-m456", sets).config, RANKS, precision="bf16", device="cpu")
-        command = worker_command("benchmarks.spectra_scale", "rank", "spectra-m456", json.dumps(sets), name)
-        code = launch(command, RANKS, threads=1)
-        if code:
-            raise SystemExit(f"train: the ranks ended with code {code}")
-        ranks = [json.loads((folder / f"rank-{number}.json").read_text()) for number in range(RANKS)]
+        ranks = peaks("spectra-m456", sets, name)
         rows = [json.loads(line) for line in (folder / "scale" / "metrics.jsonl").read_text().splitlines()]
     estimated, measured = RANKS * plan.memory.device_bytes, sum(figures["beyond"] for figures in ranks)
     return {"estimated": estimated, "measured": measured, "ratio": estimated / measured, "goal": f"within {TRAIN_GOAL}",
@@ -161,7 +132,5 @@ def main(chosen: list[str]) -> None:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["build"] and len(sys.argv) > 3:
         build(json.loads(sys.argv[2]), Path(sys.argv[3]))
-    elif sys.argv[1:2] == ["rank"]:
-        rank(sys.argv[2], json.loads(sys.argv[3]), Path(sys.argv[4]))
     else:
         main(sys.argv[1:])

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import json
 import sysconfig
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from tokenizers import Tokenizer
 
 from data_prep.config import TRAIN
 from data_prep.files import write_atomic
@@ -75,9 +77,8 @@ def _mined_sources(manifest: Manifest) -> dict[str, _Mined]:
     return found
 
 
-def _texts(manifest: Manifest) -> Texts:
+def _texts(manifest: Manifest, tokenizer: Tokenizer) -> Texts:
     """What gives back the query and the positive of a stored pair."""
-    tokenizer = load_tokenizer(manifest.folder / TOKENIZER)
     if token_bytes(tokenizer) is not None:
         return lambda pair: (tokenizer.decode(pair.query.tolist()), tokenizer.decode(pair.positive.tolist()))
     sources = _mined_sources(manifest)
@@ -111,7 +112,8 @@ def write_beir(dataset: Path, split: str, out: Path, *, pool: int | None = None)
     """
     manifest = Manifest.load(dataset)
     manifest.require("pairs")
-    tokenizer, texts = load_tokenizer(dataset / TOKENIZER), _texts(manifest)
+    tokenizer = load_tokenizer(dataset / TOKENIZER)
+    texts = _texts(manifest, tokenizer)
     queries: dict[int, str] = {}
     passages: dict[int, str] = {}
     judged: dict[tuple[int, int], None] = {}
@@ -138,5 +140,5 @@ def write_beir(dataset: Path, split: str, out: Path, *, pool: int | None = None)
     return counts
 
 
-def _lines(rows: Iterator[dict[str, Any]] | Sequence[dict[str, Any]]) -> bytes:
+def _lines(rows: Iterable[dict[str, Any]]) -> bytes:
     return b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)

@@ -36,3 +36,12 @@ def write_atomic(path: Path, content: bytes) -> str:
         file.write(content)
         publish(file, path)
     return hashlib.sha256(content).hexdigest()
+
+
+def size_problem(path: Path, size: int) -> str | None:
+    """What is wrong with a file that should have `size` bytes, or None."""
+    try:
+        actual = path.stat().st_size
+    except OSError as error:
+        return f"{path}: missing or unreadable ({error.strerror})"
+    return None if actual == size else f"{path}: {actual} bytes, {size} expected (truncated or replaced)"

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
-from data_prep.files import canonical_json, write_atomic
+from data_prep.files import canonical_json, size_problem, write_atomic
 from data_prep.index import LAYOUTS, IndexLayout, index_bytes, index_path
 from pretrain.config.model import Section
 from pretrain.config.suggest import nearest
@@ -243,14 +243,7 @@ class Manifest(Section):
             tar = split.tar_path(shard)
             blocks = -(-int(split.table[shard]["tokens"]) // block_items)
             sizes = ((tar, int(split.table[shard]["bytes"])), (index_path(tar), index_bytes(blocks, self.layout)))
-            for path, size in sizes:
-                try:
-                    actual = path.stat().st_size
-                except OSError as error:
-                    found.append(f"{path}: missing or unreadable ({error.strerror})")
-                    continue
-                if actual != size:
-                    found.append(f"{path}: {actual} bytes, {size} expected (truncated or replaced)")
+            found += [problem for path, size in sizes if (problem := size_problem(path, size))]
         return found
 
     def split(self, name: str) -> Split:

@@ -34,9 +34,15 @@ def scancel(jobs: Sequence[str]) -> None:
         _run(["scancel", *jobs])
 
 
+def require_programs(*names: str) -> None:
+    """Raise UserError where a program of Slurm is not on PATH."""
+    for name in names:
+        if shutil.which(name) is None:
+            raise UserError(f"{name}: not found on PATH; is this a machine of the cluster?")
+
+
 def _run(command: Sequence[str]) -> str:
-    if shutil.which(command[0]) is None:
-        raise UserError(f"{command[0]}: not found on PATH; is this a machine of the cluster?")
+    require_programs(command[0])
     # These variables beat the header of the sbatch file that was reviewed, and filter what squeue shows.
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("SBATCH_", "SQUEUE_"))}
     try:

@@ -6,7 +6,6 @@ restarts are its own.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from pretrain.config.load import LoadedConfig, load_yaml_model
 from pretrain.config.slurm import SlurmConfig
 from pretrain.errors import UserError
 from pretrain.runfolder.layout import RunFolder
+from slurm.client import require_programs
 from slurm.script import Place, quoted
 from slurm.submit import submit
 from slurm.tasks import Commands, NewEvaluations, new_checkpoints, note_evaluated, write_report
@@ -56,8 +56,7 @@ class Jobs:
                 extra[key] = getattr(slurm, key)
         if after:
             extra["dependency"] = f"{'afterany' if even_failed else 'afterok'}:{after}"
-        if shutil.which("sbatch") is None or shutil.which("srun") is None:
-            raise UserError("sbatch, srun: not found on PATH; is this a machine of the cluster?")
+        require_programs("sbatch", "srun")
         executor = submitit.SlurmExecutor(folder=str(self._folder), max_num_timeout=slurm.max_restarts,
                                           python=quoted(slurm.python or self._place.python))
         executor.update_parameters(

@@ -54,7 +54,7 @@ def sweep(file: Annotated[Path, typer.Argument(metavar="SWEEP", help="YAML file 
     folder.mkdir(parents=True, exist_ok=True)
     jobs, work_dir = Jobs(slurm, place, folder), str(place.work_dir)
     arguments = [([["train", run.target, *ranks, *(word for value in run.sets for word in ("--set", value))],
-                   *(["eval", str(root / run.name), *shlex.split(line)] for line in config.evaluate)], work_dir)
+                   *(["eval", str(root / run.name), *words] for words in config.evaluations(run))], work_dir)
                  for run in runs]
     array = jobs.submit(f"sweep-{config.name}", Commands(), arguments, at_once=at_once, gpus=slurm.gpus_per_node)
     words = ["sweep", str(file), "--table", *(word for value in sets for word in ("--set", value))]

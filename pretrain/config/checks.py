@@ -112,9 +112,8 @@ def _schedule(config: RunConfig) -> Iterator[ConfigError]:
         if value is not None and config.eval.every is None:
             yield ConfigError(f"train.{key}", f"{value} is judged at evaluations, but eval.every is null; "
                               f"give eval.every an interval or leave train.{key} out")
-    for key in ("train.patience_after", "eval.embedding.health_after"):
-        section = config.train if key.startswith("train") else config.eval.embedding
-        interval = getattr(section, key.rpartition(".")[2])
+    for key, interval in (("train.patience_after", config.train.patience_after),
+                          ("eval.embedding.health_after", config.eval.embedding.health_after)):
         if interval is not None and interval.unit == "epochs":
             yield ConfigError(key, f"{interval}: steps, micro_steps, samples or tokens would be right")
     if config.schedule.name == "plateau" and config.eval.every is None:

@@ -11,6 +11,7 @@ from typing import Any, Generic, Literal, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from data_prep.files import size_problem
 from data_prep.manifest import LOOKED_AT, Manifest, Split
 from data_prep.shards import verify_shard
 from pretrain.errors import DataCorruption
@@ -80,13 +81,9 @@ class StoredSplit(ABC, Generic[Opened]):
 
     def _require_size(self, shard: int) -> None:
         """Raise DataCorruption, naming the file, for a shard of another size than the table says, or none."""
-        path, expected = self.split.tar_path(shard), int(self.split.table[shard]["bytes"])
-        try:
-            size = path.stat().st_size
-        except OSError as error:
-            raise DataCorruption(f"{path}: missing or unreadable ({error.strerror})") from None
-        if size != expected:
-            raise DataCorruption(f"{path}: {size} bytes, the table says {expected} (truncated or replaced)")
+        problem = size_problem(self.split.tar_path(shard), int(self.split.table[shard]["bytes"]))
+        if problem:
+            raise DataCorruption(problem)
 
     def _opened(self, shard: int) -> Opened:
         """The mapped shard; hashed first where it has not been yet."""

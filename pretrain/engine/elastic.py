@@ -64,33 +64,34 @@ def restore(engine: Engine, checkpoint: Path, manifest: Manifest) -> None:
 def _fill(engine: Engine, shards: Shards, manifest: Manifest) -> None:
     check_parameters(engine, shards)
     optimizer = engine.ds.optimizer if engine.stage == 0 else engine.ds.optimizer.optimizer
-    for holding in holdings(engine):
-        targets: dict[Kind, torch.Tensor] = {"master": holding.master.data}
-        if shards.step is not None:
-            targets |= {kind: torch.empty_like(holding.master.data, dtype=torch.float32) for kind in MOMENTS}
-            optimizer.state[holding.master] = {kind: targets[kind] for kind in MOMENTS}
-            optimizer.state[holding.master]["step"] = _step(optimizer, holding.master, shards.step)
-        else:  # from before the first update, when there are no moments
-            optimizer.state.pop(holding.master, None)
-        if sum(fragment.numel for fragment in holding.fragments) < holding.master.numel():
-            for tensor in targets.values():
-                tensor.zero_()
-        _copy(shards, holding.fragments, targets)
+    with ThreadPoolExecutor(threads_of_a_rank(), "load") as pool:
+        for holding in holdings(engine):
+            targets: dict[Kind, torch.Tensor] = {"master": holding.master.data}
+            if shards.step is not None:
+                targets |= {kind: torch.empty_like(holding.master.data, dtype=torch.float32) for kind in MOMENTS}
+                optimizer.state[holding.master] = {kind: targets[kind] for kind in MOMENTS}
+                optimizer.state[holding.master]["step"] = _step(optimizer, holding.master, shards.step)
+            else:  # from before the first update, when there are no moments
+                optimizer.state.pop(holding.master, None)
+            if sum(fragment.numel for fragment in holding.fragments) < holding.master.numel():
+                for tensor in targets.values():
+                    tensor.zero_()
+            _copy(pool, shards, holding.fragments, targets)
     engine.ds.global_steps = shards.global_steps
     if engine.precision == manifest.dtype == "fp16":
         engine.ds.optimizer.loss_scaler = shards.loss_scaler
 
 
-def _copy(shards: Shards, fragments: Sequence[Fragment], targets: Mapping[Kind, torch.Tensor]) -> None:
+def _copy(pool: ThreadPoolExecutor, shards: Shards, fragments: Sequence[Fragment],
+          targets: Mapping[Kind, torch.Tensor]) -> None:
     """Fill the tensors of one holding, several fragments at a time."""
     def one(kind: Kind, fragment: Fragment) -> None:
         with torch.no_grad():  # set for each thread by itself
             out = targets[kind].view(-1).narrow(0, fragment.at, fragment.numel)
             shards.copy(fragment.name, kind, fragment.start, out)
 
-    with ThreadPoolExecutor(threads_of_a_rank(), "load") as pool:
-        for done in [pool.submit(one, kind, fragment) for kind in targets for fragment in fragments]:
-            done.result()
+    for done in [pool.submit(one, kind, fragment) for kind in targets for fragment in fragments]:
+        done.result()
 
 
 def _step(optimizer: torch.optim.Optimizer, master: torch.Tensor, step: int) -> Any:
