@@ -17,12 +17,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 import sys
 import sysconfig
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from benchmarks.harness import RESULTS, Comparison, Summary, compare, cpu_seconds, rounds, wall_seconds, write_results
+from benchmarks.loader import write_shards
 from benchmarks.planted import planted
 from data_prep.audit import Side, audit
 from data_prep.build import Build
@@ -118,15 +121,21 @@ def steps(root: Path) -> dict[str, Summary]:
 
 
 def workers(root: Path, tokenizer: Path) -> Comparison:
-    """Wall seconds of the whole preparation with one process, over two; four times the text."""
+    """Wall seconds of `pretrain prep` with one process, over two: 131 MB of the standard library and two packages."""
+    packages = [Path(find_spec(name).origin or "").parent for name in ("torch", "transformers")]  # type: ignore[union-attr]
+    config = {"out": str(root / "workers"), "tokenizer": {"path": str(tokenizer)}, "dedup": {"near": {}},
+              "clean": {"normalize": {}, "pii": {}}, "sources": [{"kind": "stdlib"}, *(
+                  {"kind": "python", "name": path.name, "path": str(path)} for path in packages)]}
+    file = root / "workers.yaml"
+    file.write_text(json.dumps(config))
+
     def run(count: int) -> float:
-        config = config_of(root / f"workers-{count}", tokenizer={"path": str(tokenizer)}, workers=count,
-                           sources=[{"kind": "stdlib", "max_bytes": 4 * TEXT_BYTES}], dedup={"near": {}},
-                           clean={"normalize": {}, "pii": {}})
-        taken = wall_seconds(lambda: prepare(config))
-        shutil.rmtree(config.out)
+        command = [sys.executable, "-P", "-m", "pretrain.cli.main", "prep", str(file), "--set", f"workers={count}"]
+        taken = wall_seconds(lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL,
+                                                    stderr=subprocess.DEVNULL))
+        shutil.rmtree(root / "workers")
         return taken
-    return compare(lambda: run(1), lambda: run(2), unit="s", pairs=4)
+    return compare(lambda: run(1), lambda: run(2), unit="s", pairs=3)
 
 
 def copies(root: Path) -> dict[str, float]:
@@ -146,8 +155,9 @@ def copies(root: Path) -> dict[str, float]:
             "recall": len(dropped & alike) / len(alike), "precision": len(dropped & alike) / max(1, len(dropped))}
 
 
-def verify(dataset: Path) -> Comparison:
-    """MB/s of verification over hashing the same files, files in the page cache, all cores."""
+def verify(root: Path) -> Comparison:
+    """MB/s of verification over hashing the same files, 256 MB in the page cache, all cores."""
+    dataset = write_shards(root / "verify", 128 * 2**20, blocks_per_shard=512).folder
     files = sorted(dataset.glob("*.tar"))
     size = sum(path.stat().st_size for path in files) / 1e6
 
@@ -178,13 +188,13 @@ def main(chosen: list[str]) -> None:
     found: dict[str, Any] = json.loads(kept.read_text())["results"] if chosen and kept.exists() else {}
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
-        size = None if not chosen or {"verify", "audit"} & set(chosen) else TEXT_BYTES
+        size = None if not chosen or "audit" in chosen else TEXT_BYTES
         made = prepare(config_of(root / "made", tokenizer={"vocab_size": 8192}, workers=available_cores(),
                                  sources=[{"kind": "stdlib", "max_bytes": size}], blocks_per_shard=64))
         tokenizer = made.folder / "tokenizer.json"
         parts: dict[str, Callable[[], Any]] = {
             "writing": lambda: writing(root, tokenizer), "near_copies": lambda: copies(root),
-            "reading_with_step": lambda: steps(root), "verify": lambda: verify(made.folder),
+            "reading_with_step": lambda: steps(root), "verify": lambda: verify(root),
             "audit": lambda: audit_speed(made.folder), "workers": lambda: _if_quiet(lambda: workers(root, tokenizer))}
         for part in chosen or parts:
             found[part] = parts[part]()

@@ -33,12 +33,12 @@ MANY_SHARDS = 1_000_000
 GOAL = 10.0
 
 
-def write_shards(folder: Path, tokens: int = WINDOWS * SEQ_LEN + 1) -> Manifest:
-    """Documents of exponential length, 1,000 tokens on average, as a prepared dataset with 16 blocks a shard."""
+def write_shards(folder: Path, tokens: int = WINDOWS * SEQ_LEN + 1, blocks_per_shard: int = 16) -> Manifest:
+    """Documents of exponential length, 1,000 tokens on average, as a prepared dataset."""
     folder.mkdir()
     draw = np.random.default_rng(0)
     left = tokens
-    with ShardWriter(folder, "train", dtype=np.dtype("<u2"), blocks_per_shard=16) as writer:
+    with ShardWriter(folder, "train", dtype=np.dtype("<u2"), blocks_per_shard=blocks_per_shard) as writer:
         for number in itertools.count():
             document = draw.integers(1, 50_000, min(left, 2 + int(draw.exponential(1000))))
             document[-1] = 0

@@ -30,6 +30,9 @@ from pretrain.errors import ConfigError
 
 PIECE_BYTES = 64 << 20
 """Small files are read together up to this size; larger ones of lines or row groups are cut."""
+LEAST_PIECE_BYTES = 4 << 20
+PIECES = 256
+"""As many pieces as a small corpus is cut into, none smaller than the least: enough to keep a machine's cores busy."""
 HUB_ROWS = 100_000
 """Rows of a dataset of the `datasets` library in a piece."""
 
@@ -103,6 +106,7 @@ def folder_of(source: AnySource) -> Path | None:
 def make_plan(config: PrepConfig, listing: Listing) -> list[Piece]:
     """The pieces of all sources. Large plain files of lines are read once, to find line numbers."""
     found: list[tuple[int, tuple[FilePart | None, ...]]] = []
+    size = min(PIECE_BYTES, max(LEAST_PIECE_BYTES, sum(file[2] for files in listing.files for file in files) // PIECES))
     for number, (source, files) in enumerate(zip(config.sources, listing.files, strict=True)):
         hub: HubDataset | None = getattr(source, "dataset", None)
         if hub is not None:
@@ -113,7 +117,7 @@ def make_plan(config: PrepConfig, listing: Listing) -> list[Piece]:
         if _depends_on_order(source):
             found.append((number, tuple(parts)))
             continue
-        found += [(number, piece) for piece in _grouped(part for whole in parts for part in _cut(whole))]
+        found += [(number, piece) for piece in _grouped((part for whole in parts for part in _cut(whole, size)), size)]
     return [Piece(i, number, parts) for i, (number, parts) in enumerate(found)]
 
 
@@ -128,12 +132,12 @@ def _hub_parts(dataset: HubDataset, key: str) -> Iterator[FilePart]:
         yield FilePart("", Path(), 0, start, min(rows, start + HUB_ROWS))
 
 
-def _grouped(parts: Iterator[FilePart]) -> Iterator[tuple[FilePart, ...]]:
-    """Neighbours together up to PIECE_BYTES; stretches of a cut file each alone."""
+def _grouped(parts: Iterator[FilePart], piece_bytes: int) -> Iterator[tuple[FilePart, ...]]:
+    """Neighbours together up to `piece_bytes`; stretches of a cut file each alone."""
     group: list[FilePart] = []
     for part in parts:
         if group and (part.stop is not None or group[-1].stop is not None
-                      or sum(p.size for p in group) + part.size > PIECE_BYTES):
+                      or sum(p.size for p in group) + part.size > piece_bytes):
             yield tuple(group)
             group = []
         group.append(part)
@@ -141,21 +145,21 @@ def _grouped(parts: Iterator[FilePart]) -> Iterator[tuple[FilePart, ...]]:
         yield tuple(group)
 
 
-def _cut(part: FilePart) -> Iterator[FilePart]:
-    """A file in stretches of about PIECE_BYTES that can be read by themselves, or whole."""
-    if part.size <= PIECE_BYTES or part.path.suffix not in (".jsonl", ".ndjson", ".json", ".parquet"):
+def _cut(part: FilePart, piece_bytes: int) -> Iterator[FilePart]:
+    """A file in stretches of about `piece_bytes` that can be read by themselves, or whole."""
+    if part.size <= piece_bytes or part.path.suffix not in (".jsonl", ".ndjson", ".json", ".parquet"):
         yield part
     elif format_of(part.path) == ".parquet":
-        yield from _row_groups(part)
+        yield from _row_groups(part, piece_bytes)
     else:
-        yield from _lines(part)
+        yield from _lines(part, piece_bytes)
 
 
-def _lines(part: FilePart) -> Iterator[FilePart]:
+def _lines(part: FilePart, piece_bytes: int) -> Iterator[FilePart]:
     start = lines = offset = newlines = 0
     with part.path.open("rb", buffering=0) as file:
-        while block := file.read(min(1 << 20, PIECE_BYTES)):
-            if offset + len(block) - start >= PIECE_BYTES and (end := block.rfind(b"\n")) >= 0:
+        while block := file.read(min(1 << 20, piece_bytes)):
+            if offset + len(block) - start >= piece_bytes and (end := block.rfind(b"\n")) >= 0:
                 stop, here = offset + end + 1, newlines + block.count(b"\n", 0, end + 1)
                 yield FilePart(part.name, part.path, stop - start, start, stop, lines)
                 start, lines = stop, here
@@ -164,7 +168,7 @@ def _lines(part: FilePart) -> Iterator[FilePart]:
         yield FilePart(part.name, part.path, offset - start, start, offset, lines)
 
 
-def _row_groups(part: FilePart) -> Iterator[FilePart]:
+def _row_groups(part: FilePart, piece_bytes: int) -> Iterator[FilePart]:
     import pyarrow
     import pyarrow.parquet
     try:
@@ -176,7 +180,7 @@ def _row_groups(part: FilePart) -> Iterator[FilePart]:
     for group in range(metadata.num_row_groups):
         entry = metadata.row_group(group)
         rows, size = rows + entry.num_rows, size + entry.total_byte_size
-        if size >= PIECE_BYTES or group == metadata.num_row_groups - 1:
+        if size >= piece_bytes or group == metadata.num_row_groups - 1:
             share = part.size * (group + 1 - first) // metadata.num_row_groups
             yield FilePart(part.name, part.path, share, first, group + 1, before)
             first, before, size = group + 1, rows, 0
