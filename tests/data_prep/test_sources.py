@@ -218,3 +218,18 @@ def test_pieces_cover_every_line_once_and_keep_its_number(tmp_path, monkeypatch,
     assert found == read(config.sources[0])
     limited = config.model_copy(update={"sources": [config.sources[0].model_copy(update={"max_documents": 3})]})
     assert len(plan.make_plan(limited, plan.list_files(limited))) == 1
+
+
+def test_a_small_corpus_is_cut_so_that_many_workers_have_something_to_do(tmp_path, monkeypatch):
+    for number in range(40):
+        (tmp_path / f"{number:02}.txt").write_text("x" * 100)
+    source = {"kind": "text", "name": "t", "path": str(tmp_path)}
+    config = PrepConfig.model_validate({"out": str(tmp_path / "out"), "sources": [source]})
+
+    def sizes(least, pieces):
+        monkeypatch.setattr(plan, "LEAST_PIECE_BYTES", least)
+        monkeypatch.setattr(plan, "PIECES", pieces)
+        return [piece.size for piece in plan.make_plan(config, plan.list_files(config))]
+    assert sizes(1000, 256) == [1000] * 4
+    assert sizes(10, 8) == [500] * 8
+    assert sizes(10**6, 256) == [4000]
