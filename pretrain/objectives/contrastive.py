@@ -118,7 +118,7 @@ class Contrastive:
                 share: float) -> dict[str, Tensor]:
         """Every term and figure as a scalar; sets the gradient by this rank's vectors.
 
-        Terms are differentiated one after the other, so that only one has its similarity matrices alive.
+        Terms are differentiated one after the other, so that only one has what it keeps for its gradient alive.
         """
         config, count = self.config, len(ids.query)
         leaf = current.packed.view(-1, count, current.packed.shape[1]).detach().requires_grad_()

@@ -20,9 +20,9 @@ from pretrain.objectives.embedding_losses import (
     Blocked,
     TripletIds,
     angular,
-    blocked_candidates,
     bridge,
     entropy_reward,
+    nce_of_queries,
     symmetric_nce,
     triplet,
 )
@@ -117,8 +117,7 @@ class Term:
 
 def scene(config: ContrastiveConfig, texts: Triplets, temperature: float) -> Scene:
     """The candidates of a batch, with those taken out that the config says."""
-    return Scene(texts, temperature, blocked_candidates(texts.ids, hard_negatives=config.nce_hard_negatives,
-                                                        false_negatives=config.mask_false_negatives))
+    return Scene(texts, temperature, Blocked(texts.ids, config.nce_hard_negatives, config.mask_false_negatives))
 
 
 def terms(config: ContrastiveConfig, layout: Layout) -> list[Term]:
@@ -170,11 +169,11 @@ def accuracy(where: Scene) -> Tensor:
     """Share of queries whose own positive comes first among all candidates, by the vector that stands for a text."""
     role = next(role for role in (DEFAULT, "semantic", "ranking") if role in where.texts.layout.columns)
     with torch.no_grad():
-        return symmetric_nce(*where.texts.of(role), where.temperature, where.blocked)[1]
+        return nce_of_queries(*where.texts.of(role), where.temperature, where.blocked)[1]
 
 
 def _nce(where: Scene, *, role: str, width: int | None = None) -> Tensor:
-    return symmetric_nce(*where.texts.of(role, width), where.temperature, where.blocked)[0]
+    return symmetric_nce(*where.texts.of(role, width), where.temperature, where.blocked)
 
 
 def _prefix_nce(where: Scene, *, role: str, widths: tuple[int, ...], weights: tuple[float, ...]) -> Tensor:

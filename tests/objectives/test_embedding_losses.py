@@ -9,10 +9,11 @@ import torch
 
 from pretrain.config.contrastive import ContrastiveConfig
 from pretrain.models.base import EncoderOutput
+from pretrain.objectives import embedding_losses
 from pretrain.objectives.embedding_losses import (
+    Blocked,
     TripletIds,
     angular,
-    blocked_candidates,
     bridge,
     entropy_reward,
     symmetric_nce,
@@ -69,14 +70,18 @@ def colliding():
     return ids
 
 
+@pytest.mark.parametrize("similarities", [1, 40, 2**20])  # one row, two rows of candidates, all rows at once
 @pytest.mark.parametrize("hard", [True, False])
 @pytest.mark.parametrize("mask", [True, False])
-def test_nce_is_that_of_the_words(hard, mask):
+def test_nce_is_that_of_the_words(hard, mask, similarities, monkeypatch):
+    monkeypatch.setattr(embedding_losses, "SIMILARITIES", similarities)
     a, p, n = sides()
     for ids in (distinct(), colliding()):
-        blocked = blocked_candidates(ids, hard_negatives=hard, false_negatives=mask)
-        found, _ = symmetric_nce(a, p, n, T, blocked)
+        blocked = Blocked(ids, hard_negatives=hard, false_negatives=mask)
+        found = symmetric_nce(a, p, n, T, blocked)
         assert float(found) == pytest.approx(slow_nce(a, p, n, ids, hard=hard, mask=mask), abs=1e-12)
+        leaves = [side.clone().requires_grad_() for side in (a, p, n)]
+        torch.autograd.gradcheck(lambda *of, blocked=blocked: symmetric_nce(*of, T, blocked), leaves)
 
 
 @pytest.mark.parametrize("n", [0, 1])
@@ -88,10 +93,10 @@ def test_a_copy_of_a_triplet_leaves_its_loss_unchanged_in_both_directions(n):
 
     def row_losses(order, mask):
         at = TripletIds(*(t[order] for t in (ids.query, ids.positive, ids.negative, ids.has_negative)))
-        blocked = blocked_candidates(at, hard_negatives=False, false_negatives=mask)
-        forward = (a[order] @ p[order].T / T).masked_fill(blocked.forward, -math.inf).log_softmax(1).diagonal()
-        reverse = (p[order] @ a[order].T / T).masked_fill(blocked.reverse, -math.inf).log_softmax(1).diagonal()
-        mean, _ = symmetric_nce(a[order], p[order], negatives[order], T, blocked)
+        blocked, every = Blocked(at, hard_negatives=False, false_negatives=mask), slice(None)
+        forward = (a[order] @ p[order].T / T).masked_fill(blocked.forward(every), -math.inf).log_softmax(1).diagonal()
+        reverse = (p[order] @ a[order].T / T).masked_fill(blocked.reverse(every), -math.inf).log_softmax(1).diagonal()
+        mean = symmetric_nce(a[order], p[order], negatives[order], T, blocked)
         assert float(mean) == pytest.approx(float(-(forward + reverse).mean() / 2), abs=1e-12)
         return forward[2], reverse[2]
 
@@ -278,8 +283,8 @@ def test_sane_at_the_start():
     values = []
     for start in range(0, 256, 8):
         rows = slice(start, start + 8)
-        blocked = blocked_candidates(distinct(8, 1), hard_negatives=False, false_negatives=False)
-        values.append([float(symmetric_nce(a[rows], p[rows], n[rows, None], T, blocked)[0]),
+        blocked = Blocked(distinct(8, 1), hard_negatives=False, false_negatives=False)
+        values.append([float(symmetric_nce(a[rows], p[rows], n[rows, None], T, blocked)),
                        float(triplet(a[rows], p[rows], n[rows, None], torch.ones(8, 1, dtype=torch.bool), 0.3))])
     nce, margin = torch.tensor(values).mean(0).tolist()
     assert 2.0 < nce < 2.4 and margin == pytest.approx(0.3, abs=0.03)
