@@ -53,7 +53,7 @@ _KEYS: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     (MASKING, ("data.document_masking",)),
     (OBJECTIVE, ("objective.name",)),
     (NEXT, ("optim.lr", "optim.betas", "optim.eps", "optim.weight_decay", "optim.grad_clip", "train.on_spike",
-            "train.max_rewinds", "train.max_bad_steps")),
+            "train.max_rewinds", "train.max_bad_steps", "train.max_bad_per_1000")),
     (RATE, ("train.length", "schedule.name", "schedule.warmup", "schedule.min_lr_ratio", "schedule.decay",
             "schedule.plateau_patience", "schedule.plateau_factor")),
     (JUDGED, ("eval.metric", "eval.max_batches", "eval.embedding", "data.validation")),

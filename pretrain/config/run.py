@@ -77,6 +77,7 @@ class TrainConfig(Section):
     length: Interval = Field(Interval(1000, "steps"), description="length of the run")
     max_hours: float | None = Field(None, gt=0, description="stop with a checkpoint and exit 85 after this wall time")
     max_bad_steps: int = Field(10, ge=1, description="non-finite updates in a row before exit 4")
+    max_bad_per_1000: int | None = Field(None, ge=1, le=1000, description="those among the last 1000 before exit 4")
     on_spike: Literal["warn", "skip", "rewind"] = Field(
         "warn", description="loss far above its running median: say so, drop the update, or go back to the checkpoint "
         "before it and on after it")

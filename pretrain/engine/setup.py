@@ -233,7 +233,7 @@ def _assemble(config: RunConfig, batch: ResolvedBatch, world: World, claim: Clai
         lr=lr, state=RunState(), total_steps=steps, epoch_samples=data.epoch_samples, data_fingerprint=data.fingerprint,
         stop=stop, reporter=reporter,
         keeper=Keeper(claim.folder, claim.lease, config.checkpoint, lengths.keep_every, _mirror(config, claim, world)),
-        health=Health(config.train.max_bad_steps),
+        health=Health(config.train.max_bad_steps, config.train.max_bad_per_1000),
         profiler=StepProfiler(claim.folder.profile_dir, *profile, world.rank) if profile else None)
 
 

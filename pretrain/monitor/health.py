@@ -6,7 +6,7 @@ import math
 import statistics
 from collections import deque
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from pretrain.errors import Divergence
 
@@ -14,8 +14,8 @@ from pretrain.errors import Divergence
 class BadSteps:
     """Counts updates that were skipped and says when to give up."""
 
-    def __init__(self, max_in_a_row: int) -> None:
-        self.max_in_a_row = max_in_a_row
+    def __init__(self, max_in_a_row: int, max_per_1000: int | None = None) -> None:
+        self.max_in_a_row, self.max_per_1000 = max_in_a_row, max_per_1000
         self.skipped: list[int] = []
         """Numbers k of the global batches that were skipped."""
         self.spikes: list[int] = []
@@ -26,7 +26,7 @@ class BadSteps:
         """Judge the update of global batch `k`, the same on every rank. One that was not applied was no `spike`: then
         its loss or gradient was not finite.
 
-        Raises Divergence once `max_in_a_row` updates in a row were skipped.
+        Raises Divergence once `max_in_a_row` updates in a row were skipped, or `max_per_1000` of the last 1000.
         """
         if applied:
             self.in_a_row = 0
@@ -36,11 +36,17 @@ class BadSteps:
             self.spikes.append(k)
         self.in_a_row += 1
         if self.in_a_row >= self.max_in_a_row:
-            first = self.skipped[-self.in_a_row]
-            what = "not finite or loss spikes" if first <= max(self.spikes, default=-1) else "not finite"
-            raise Divergence(f"the last {self.in_a_row} updates were {what} (batches {first} to {k}; last loss "
-                             f"{loss:g}, gradient norm {grad_norm:g}): lower optim.lr, lengthen schedule.warmup, or "
-                             "look at these batches with `pretrain data at`")
+            self._give_up(f"the last {self.in_a_row} updates", self.in_a_row, loss, grad_norm)
+        recent = sum(k - other < 1000 for other in self.skipped)
+        if self.max_per_1000 is not None and recent >= self.max_per_1000:
+            self._give_up(f"{recent} of the last 1000 updates", recent, loss, grad_norm)
+
+    def _give_up(self, which: str, count: int, loss: float, grad_norm: float) -> NoReturn:
+        first, last = self.skipped[-count], self.skipped[-1]
+        what = "not finite or loss spikes" if first <= max(self.spikes, default=-1) else "not finite"
+        raise Divergence(f"{which} were {what} (batches {first} to {last}; last loss {loss:g}, gradient norm "
+                         f"{grad_norm:g}): lower optim.lr, lengthen schedule.warmup, or look at these batches with "
+                         "`pretrain data at`")
 
     def forget(self) -> None:
         """Start over: the numbers of batches mean others from now on."""
@@ -124,8 +130,8 @@ class SpikeDetector:
 class Health:
     """All rules of a run together."""
 
-    def __init__(self, max_bad_steps: int) -> None:
-        self.bad_steps = BadSteps(max_bad_steps)
+    def __init__(self, max_bad_steps: int, max_bad_per_1000: int | None = None) -> None:
+        self.bad_steps = BadSteps(max_bad_steps, max_bad_per_1000)
         self._loss = SpikeDetector("loss_spike")
         # Gradient norms have a long tail by nature: only what is far out is worth a line.
         self._grad = SpikeDetector("grad_spike", threshold=20.0)
@@ -139,7 +145,7 @@ class Health:
         """Judge one update; one that was skipped (for a `spike` or for not being finite) leaves the medians alone.
 
         Where `loss` is not that of the `whole` update but this rank's share, `late_loss` judges it once it is known.
-        Raises Divergence after too many skipped ones in a row.
+        Raises Divergence after too many skipped ones.
         """
         self.bad_steps.update(k, applied, loss, grad_norm, spike=spike)
         if not applied:

@@ -26,6 +26,7 @@ from pretrain.config.registry import FAMILIES, resolve
 from pretrain.config.run import RunConfig
 from pretrain.data.open import open_training
 from pretrain.errors import CheckFailed, UserError
+from pretrain.metrics.sts import cosines, spearman
 from pretrain.models.base import BuildContext
 from pretrain.objectives.contrastive import Contrastive
 from pretrain.runfolder.layout import RunFolder
@@ -204,3 +205,34 @@ def test_a_fresh_process_proves_the_vectors_and_encodes(pairs: Path, tmp_path: P
                            capture_output=True, text=True, timeout=180, cwd=tmp_path)
     assert found.returncode == 0, found.stderr
     assert np.load(tmp_path / "v.npy") == pytest.approx(vectors(run.root), abs=1e-6)
+
+
+@pytest.mark.slow
+def test_a_task_of_mteb_runs_on_an_export_without_a_network(pairs: Path, in_process, tmp_path: Path,
+                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    mteb = pytest.importorskip("mteb")
+    from datasets import Dataset
+    from mteb.abstasks.sts import AbsTaskSTS
+    from mteb.abstasks.task_metadata import TaskMetadata
+    from sentence_transformers import SentenceTransformer
+    scored = [(f"question {i}", f"the thing {i * 5 % 90}", i * 3 % 6) for i in range(40)]
+
+    class Offline(AbsTaskSTS):
+        metadata = TaskMetadata(
+            name="Offline", description="pairs in memory", type="STS", main_score="cosine_spearman", category="t2t",
+            dataset={"path": "none", "revision": "none"}, reference=None, modalities=["text"], eval_splits=["test"],
+            eval_langs=["eng-Latn"], date=None, domains=None, task_subtypes=None, license=None, dialect=None,
+            annotations_creators=None, sample_creation=None, bibtex_citation=None)
+
+        def load_data(self, **_: object) -> None:
+            columns = dict(zip(("sentence1", "sentence2", "score"), map(list, zip(*scored, strict=True)), strict=True))
+            self.dataset, self.data_loaded = {"test": Dataset.from_dict(columns)}, True
+
+    run = checkpoints(config_of(pairs, tmp_path / "runs", SPECTRA), (3,))
+    model = SentenceTransformer(str(export_run(str(run.root)).folder), trust_remote_code=True, device="cpu")
+    found, = mteb.evaluate(model, tasks=[Offline()], cache=None, show_progress_bar=False).task_results
+    encoder = Encoder.of(open_target(str(run.root)))
+    sides = [next(iter(encoder(encoder.tokens([row[side] for row in scored]), None).values())) for side in (0, 1)]
+    want = spearman(cosines(*(side.numpy() for side in sides)), [row[2] for row in scored])
+    assert found.scores["test"][0]["cosine_spearman"] == pytest.approx(want, abs=1e-6)

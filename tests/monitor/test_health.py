@@ -25,6 +25,20 @@ def test_bad_steps_in_a_row_end_the_run_with_the_numbers():
         bad.update(6, False, math.nan, math.inf)
 
 
+def test_bad_steps_now_and_then_end_the_run_too():
+    bad = BadSteps(3, max_per_1000=4)
+    for k in range(3000):
+        bad.update(k, k % 300 != 0, math.nan, 1.0)  # four in 1000, as 0, 300, 600 and 900
+        if k == 899:
+            break
+    with pytest.raises(Divergence, match=r"^4 of the last 1000 updates were not finite \(batches 0 to 900;"):
+        bad.update(900, False, math.nan, 1.0)
+    rare = BadSteps(3, max_per_1000=4)
+    for k in range(5000):
+        rare.update(k, k % 334 != 0, math.nan, 1.0)
+    assert len(rare.skipped) == 15
+
+
 def test_bad_steps_in_a_row_are_remembered_over_a_restart():
     before, after = BadSteps(2), BadSteps(2)
     before.update(7, False, math.nan, 1.0)
