@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from pretrain.config.run import ResolvedBatch
+from pretrain.data.allocator import keep_freed_memory
 from pretrain.data.batch import Batch, SampleSource
 from pretrain.data.mixture import pack
 from pretrain.data.order import Order
@@ -82,6 +83,7 @@ _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 def _start_worker(number: int) -> None:
     """Leave stopping to the trainer: signals sent to the whole process group must not take the loader away first."""
+    keep_freed_memory()
     for name in _STOP_SIGNALS:
         signal.signal(name, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
@@ -101,6 +103,8 @@ class UpdateLoader:
 
     def __init__(self, source: SampleSource, order: Order, batch: ResolvedBatch, *, rank: int, start_k: int = 0,
                  workers: int = 0, prefetch: int = 2, pin_memory: bool = False) -> None:
+        if not workers:
+            keep_freed_memory()
         share = batch.global_batch_size // batch.data_parallel_size
         self._rank, self._micro_batch_size, self._next_k = rank, batch.micro_batch_size, start_k
         rows = _RankRows(source, order, rank * share, (rank + 1) * share)

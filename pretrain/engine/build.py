@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 
 from pretrain.config.deepspeed import built_in_parts, deepspeed_config
 from pretrain.config.run import Precision, ResolvedBatch, RunConfig
+from pretrain.data.allocator import freed_memory_returned
 from pretrain.engine.distributed import World
 from pretrain.engine.traps import (
     float_buffers,
-    freed_memory_returned,
     quiet,
     remove_stale_locks,
     restore_buffers,

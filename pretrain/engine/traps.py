@@ -5,19 +5,14 @@ Nothing else in the stack knows of them. Versions: deepspeed 0.19.8.
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from pretrain.config.machine import stale_locks
 
-_M_MMAP_THRESHOLD, _LARGEST_THRESHOLD = -3, 32 << 20
-"""glibc's number of the parameter, and what its own adaptation ends at."""
 _log = logging.getLogger("pretrain")
 
 
@@ -78,23 +73,3 @@ def quiet() -> None:
     """Warnings and errors of DeepSpeed are enough; and it calls collectives that torch has renamed, at every step."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=r".*torch\.distributed\..* is deprecated", category=FutureWarning)
-
-
-@contextmanager
-def freed_memory_returned() -> Iterator[None]:
-    """Let the C library give large freed blocks back to the system at once while a model is built in parts.
-
-    glibc keeps freed blocks of up to 32 MB for reuse once it has seen such sizes. While weights are gathered, drawn and
-    parted one after the other, these holes between the parts that stay add up. Elsewhere than on glibc nothing happens.
-    """
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 20)
-    except (OSError, AttributeError):
-        yield
-        return
-    try:
-        yield
-    finally:
-        libc.mallopt(_M_MMAP_THRESHOLD, _LARGEST_THRESHOLD)
-        libc.malloc_trim(0)

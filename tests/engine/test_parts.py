@@ -6,8 +6,6 @@ import itertools
 import json
 import os
 import random
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -27,7 +25,6 @@ from pretrain.engine.schedule import LearningRate
 from pretrain.engine.state import RunState
 from pretrain.engine.traps import remove_stale_locks
 from pretrain.errors import ConfigError
-from tests.engine.world import ROOT
 
 SMALL = {"model": {"family": "baseline"}, "objective": {"name": "causal_lm"},
          "data": {"source": {"kind": "synthetic", "vocab_size": 64, "samples": 64}}}
@@ -183,34 +180,3 @@ def test_stale_compile_locks_are_removed_and_live_ones_stay(tmp_path, monkeypatc
         os.utime(lock, (time.time() - age, time.time() - age))
     assert [p.parent.name for p in remove_stale_locks()] == ["old"]
     assert (tmp_path / "new" / "lock").exists()
-
-
-FREED = """
-import torch
-from pretrain.engine.traps import freed_memory_returned
-from pretrain.monitor.memory import current_rss
-
-def kept():
-    size, count = 8 << 20, 24
-    blocks = [torch.ones(size, dtype=torch.uint8) for _ in range(count)]
-    before = current_rss()
-    for i in range(0, count, 2):
-        blocks[i] = torch.empty(0)
-    return 1 - (before - current_rss()) / (size * count / 2)
-
-kept()  # the library has seen the size
-print(kept())
-with freed_memory_returned():
-    print(kept())
-"""
-"""Share of freed blocks between living ones that a process still holds: without the cure, and with it."""
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc only")
-def test_memory_freed_while_a_model_is_built_goes_back_at_once() -> None:
-    """Without the cure, glibc keeps blocks of a size it has seen before. In a process without holes of its own."""
-    done = subprocess.run([sys.executable, "-P", "-c", FREED], capture_output=True, text=True, check=True, timeout=120,
-                          env={**os.environ, "PYTHONPATH": str(ROOT)})
-    without, cured = map(float, done.stdout.split())
-    assert without > 0.8
-    assert cured < 0.2
