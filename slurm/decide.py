@@ -31,6 +31,9 @@ _BY_SIGNAL = ("time limit", "preempted", "asked")
 """Causes after which a run that saved is to go on."""
 _KILLED = 128 + signal.SIGKILL
 """What srun answers where a task was killed."""
+_REACH = 3
+"""Starts after a lost one that its srun may still hit: it ends "its" step when ranks fail, and again when it is told to
+end itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +46,7 @@ class Outcome:
     reached: int
     progressed: bool
     struck: bool = False
-    """Killed right after a start whose batch script was lost, which may have done it."""
+    """Killed soon after a start whose batch script was lost, which may have done it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +71,7 @@ def outcome_of(start: Start, earlier: Sequence[Start], status: Status | None, sa
     known = {int(code) for code in ExitCode}
     code = srun_code if srun_code in known and own is None else int(ExitCode.INTERNAL)
     what = "ended without a verdict" if own is not None else "ended before it took the run folder"
-    struck = srun_code == _KILLED and bool(earlier) and earlier[-1].action == "leave"
+    struck = srun_code == _KILLED and any(other.action == "leave" for other in earlier[-_REACH:])
     return Outcome(code, f"{what} (srun: {srun_code})", reached, progressed, struck)
 
 

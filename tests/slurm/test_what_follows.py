@@ -116,10 +116,12 @@ def test_a_machine_that_failed_needs_no_progress_either() -> None:
 
 
 @pytest.mark.parametrize(("srun", "before", "action"), [
-    (137, "leave", "requeue"), (137, "requeue", "finish"), (137, None, "finish"), (1, "leave", "finish")])
-def test_a_start_that_a_lost_batch_script_may_have_killed_is_tried_again(srun: int, before: Any, action: str) -> None:
+    (137, ["leave"], "requeue"), (137, ["leave", "requeue"], "requeue"), (137, ["requeue"], "finish"),
+    (137, [], "finish"), (137, ["leave", *["requeue"] * 3], "finish"), (1, ["leave"], "finish")])
+def test_a_start_that_a_lost_batch_script_may_have_killed_is_tried_again(srun: int, before: list[Any],
+                                                                         action: str) -> None:
     """Its srun, reachable again, ends step 1 of the job, which by then is a step of the next start."""
-    earlier = [start(begun=1.0, action=before)] if before else []
+    earlier = [start(begun=float(number), action=each) for number, each in enumerate(before)]
     outcome = outcome_of(START, earlier, Status(4, "running"), 40, srun)
     decision = decide(slurm(), START, outcome, FACTS)
     assert (decision.action, decision.code) == (action, 1)
