@@ -25,6 +25,7 @@ class Part:
     samples: int | None
     """It has; None: without end."""
     tokens: int | None
+    """It holds, each counted once however windows overlap."""
     share: float
     """Of all samples the run draws."""
     drawn: int
@@ -50,8 +51,8 @@ def mix(
         samples, tokens = ("without end" if n is None else f"{n:,}" for n in (part.samples, part.tokens))
         epochs = "" if part.epochs is None else f"{part.epochs:.3f}"
         typer.echo(f"{part.name:<{width}} {samples:>14} {tokens:>17} {part.share:>8.2%} {part.drawn:>14,} {epochs:>8}")
-    typer.echo(f"{steps:,} steps of {sum(p.drawn for p in parts) // steps:,} samples of {loaded.config.data.seq_len:,} "
-               "tokens")
+    typer.echo(f"{steps:,} steps of {sum(p.drawn for p in parts) // steps:,} samples of "
+               f"{loaded.config.data.tokens_per_sample:,} tokens")
 
 
 def mix_of(config: RunConfig) -> tuple[int, list[Part]]:
@@ -67,12 +68,13 @@ def mix_of(config: RunConfig) -> tuple[int, list[Part]]:
     source = config.data.source
     mixed = isinstance(source, MixtureConfig)
     parts = [part.source for part in source.parts] if isinstance(source, MixtureConfig) else [source]
-    sizes = [_samples(part, config) for part in parts]
+    sizes, tokens = zip(*(_size(part, config) for part in parts), strict=True)
     batch = config.batch.resolve(config.launch.nproc)
     try:
         steps = config.train.length.to_steps(
             micro_steps_per_step=batch.gradient_accumulation_steps, samples_per_step=batch.global_batch_size,
-            tokens_per_step=batch.global_batch_size * config.data.seq_len, epoch_samples=None if mixed else sizes[0])
+            tokens_per_step=batch.global_batch_size * config.data.tokens_per_sample,
+            epoch_samples=None if mixed else sizes[0])
     except ValueError as error:
         raise ConfigError("train.length", str(error)) from None
     stages = source.shares(sizes) if isinstance(source, MixtureConfig) else [[1.0]]
@@ -83,28 +85,32 @@ def mix_of(config: RunConfig) -> tuple[int, list[Part]]:
         table = quota_table(weights, getattr(source, "period", 1))
         drawn += (end - begin) * batch.global_batch_size * np.bincount(table, minlength=len(parts)) / len(table)
     total = steps * batch.global_batch_size
-    return steps, [Part(_name(part), size, None if size is None else size * config.data.seq_len, count / total,
-                        round(count), count / size if size else None)
-                   for part, size, count in zip(parts, sizes, drawn.tolist(), strict=True)]
+    return steps, [Part(_name(part), size, held, count / total, round(count), count / size if size else None)
+                   for part, size, held, count in zip(parts, sizes, tokens, drawn.tolist(), strict=True)]
 
 
-def _samples(source: SourceConfig, config: RunConfig) -> int | None:
-    """Samples of a source, from what its manifest says; None where it has no end."""
+def _size(source: SourceConfig, config: RunConfig) -> tuple[int | None, int | None]:
+    """(samples, tokens) of a source, from what its manifest says; None where it has no end."""
     from data_prep.manifest import Manifest
     from data_prep.packing import load_plan
     from pretrain.config.plan import windows
-    from pretrain.config.source import PairsConfig, ShardsConfig, SyntheticConfig
+    from pretrain.config.source import PairsConfig, RemoteConfig, ShardsConfig, SyntheticConfig
     if isinstance(source, SyntheticConfig):
-        return source.samples
+        samples = source.samples
+        return samples, None if samples is None else samples * config.data.seq_len
+    if isinstance(source, RemoteConfig):
+        from pretrain.data.remote_shards import open_remote
+        there = open_remote(source, config.data)
+        return len(there), there.split.tokens
     if not isinstance(source, ShardsConfig | PairsConfig):
-        return None
+        return None, None
     manifest = Manifest.read(Path(source.path))
     manifest.require("documents" if isinstance(source, ShardsConfig) else "pairs")
     split = manifest.split(source.split)
     if isinstance(source, ShardsConfig) and source.packing == "best_fit":
-        return load_plan(manifest, source.split, config.data.seq_len).samples
+        return load_plan(manifest, source.split, config.data.seq_len).samples, split.tokens
     return (windows(split.tokens, config.data.seq_len, config.data.stride) if isinstance(source, ShardsConfig)
-            else split.docs)
+            else split.docs), split.tokens
 
 
 def _name(source: SourceConfig) -> str:

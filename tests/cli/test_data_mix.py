@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import yaml
 
+from data_prep.config import PrepConfig
+from data_prep.pipeline import prepare
 from pretrain.cli.data_mix import mix_of
 from pretrain.cli.main import main
 from pretrain.config.load import load_run_config
@@ -54,3 +56,36 @@ def test_it_prints_a_table_and_json(config, monkeypatch, capsys):
             assert json.loads(out)["parts"][2]["samples"] == 50
         else:
             assert "without end" not in out and "44,800" in out and "40 steps of 10 samples of 64 tokens" in out
+
+
+def test_tokens_are_those_of_the_datasets_and_one_that_lies_elsewhere_has_an_end(config, tmp_path):
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": f"text {i} " * 9}) + "\n" for i in range(90)))
+    (tmp_path / "rows.csv").write_text("query,positive\n" + "".join(f"what is {i},it is {i}\n" for i in range(50)))
+    made = {name: prepare(PrepConfig.model_validate({
+        "out": str(tmp_path / name), "sources": [{"name": "s", "path": str(tmp_path / file), "kind": kind}],
+        "tokenizer": {"vocab_size": 300}, "workers": 1, "splits": {"val": 0.1}}))
+        for name, file, kind in (("docs", "texts.jsonl", "jsonl"), ("pairs", "rows.csv", "pair_table"))}
+    shards = {"kind": "shards", "path": str(made["docs"].folder)}
+    remote = {"kind": "remote", "url": f"pipe:cat {made['docs'].folder}/{{name}}", "cache": str(tmp_path / "cache")}
+
+    def told(seq_len, stride, source):
+        path = tmp_path / "one.yaml"
+        path.write_text(yaml.safe_dump({
+            "extends": "demo", "train": {"length": "2 steps"}, "launch": {"nproc": 1},
+            "batch": {"global_batch_size": 10, "micro_batch_size": 10},
+            "data": {"seq_len": seq_len, "stride": stride, "source": source}}))
+        return mix_of(load_run_config(path).config)[1]
+    tokens = made["docs"].splits["train"].tokens
+    for stride in (None, 8):
+        there, = told(32, stride, shards)
+        assert (there.samples, there.tokens) == ((tokens - 33) // (stride or 32) + 1, tokens)
+    half = {"weight": 1}
+    both = told(32, None, {"kind": "mixture", "parts": [{"source": shards} | half, {"source": remote} | half]})
+    assert [(part.samples, part.tokens) for part in both] == [((tokens - 33) // 32 + 1, tokens)] * 2
+    unweighted = told(32, None, {"kind": "mixture", "parts": [{"source": shards}, {"source": remote}]})
+    assert unweighted[0].share == 0.5
+    config = load_run_config("spectra-tiny", [f"data.source.path={made['pairs'].folder}", "train.length=1000 tokens",
+                                              "batch.global_batch_size=4", "batch.micro_batch_size=2"]).config
+    steps, (pairs,) = mix_of(config)
+    assert pairs.tokens == made["pairs"].splits["train"].tokens and pairs.samples == made["pairs"].splits["train"].docs
+    assert steps == 1000 // (4 * config.data.tokens_per_sample) == 2
