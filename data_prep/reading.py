@@ -31,6 +31,26 @@ class SetAside:
     """Documents that are lost with it, as far as that is known."""
 
 
+READ_AHEAD = 1 << 20
+"""Bytes of a file that may be read and not yet used."""
+UNKNOWN_BYTES = 1 << 12
+"""Bytes on the disk that stand for a document in a file of which nothing could be read."""
+
+
+def lost_items(read: int, read_bytes: int, size: int, *, cut: bool) -> int:
+    """Estimate of the documents lost with the rest of a file of `size` bytes that failed after `read` of them.
+
+    Of a file that is `cut` short nobody knows how much is gone: as many as were read count as lost. Else the rest held
+    as many a byte as the `read_bytes` before. A file of which nothing was read counts one for each 4 KiB.
+    """
+    if not read:
+        return max(1, size // UNKNOWN_BYTES)
+    if cut:
+        return read
+    used = max(1, read_bytes - min(READ_AHEAD, read_bytes // 2))
+    return max(1, round(read * (size - used) / used))
+
+
 @dataclass(frozen=True, slots=True)
 class FilePart:
     """A file, or a stretch of it that can be read by itself."""
@@ -88,10 +108,10 @@ def open_text(path: Path, meter: Meter | None = None) -> IO[bytes]:
     """The file's content, decompressed. A compressed file cut short raises EOFError where it ends."""
     raw = _Counted(path, meter or Meter())
     if path.suffix == ".gz":
-        return gzip.GzipFile(fileobj=io.BufferedReader(raw, 1 << 20), mode="rb")  # type: ignore[return-value]
+        return gzip.GzipFile(fileobj=io.BufferedReader(raw, READ_AHEAD), mode="rb")  # type: ignore[return-value]
     if path.suffix in (".zst", ".zstd"):
-        return io.BufferedReader(_ZstdFile(raw), 1 << 20)
-    return io.BufferedReader(raw, 1 << 20)
+        return io.BufferedReader(_ZstdFile(raw), READ_AHEAD)
+    return io.BufferedReader(raw, READ_AHEAD)
 
 
 class _Counted(io.FileIO):

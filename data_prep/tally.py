@@ -11,7 +11,7 @@ from pretrain.errors import DataCorruption
 
 EXAMPLES = 3
 """The first ones of each outcome that are kept to be looked at."""
-BENIGN = frozenset({"empty"})
+BENIGN = frozenset({"empty", "no_member"})
 """Reasons to set something aside that do not mean damage."""
 
 

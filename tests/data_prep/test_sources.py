@@ -191,9 +191,9 @@ def test_tars_give_their_members_and_never_touch_a_path(tmp_path):
         return [item.reason if isinstance(item, SetAside) else item.text.decode() for item in items]
     source = TarSource(name="w", path=str(tmp_path))
     found = read(source)
-    assert shown(found) == ["first", "second", "no_file", "not_utf8"]
+    assert shown(found) == ["first", "second", "no_file", "not_utf8", "no_member"]
     assert found[0].provenance == {"source": "w", "path": "a.tar", "key": "x/0001", "sample": 0}
-    assert shown(read(source.model_copy(update={"member": "json"}))) == ["as json", "bad_json"]
+    assert shown(read(source.model_copy(update={"member": "json"}))) == ["as json", *["no_member"] * 3, "bad_json"]
     assert [p.name for p in tmp_path.iterdir()] == ["a.tar"]
     path.write_bytes(path.read_bytes()[:1200])
     assert shown(read(source))[0] == "first" and shown(read(source))[-1] == "unreadable"
