@@ -13,7 +13,8 @@
   keyed hash; the first `validation_queries` make split val, the others train | all |
 
 In all but the last both sides have more than 10 characters and differ, and the same two texts in either order count as
-copies. A row that a rule turns down is counted under the rule's name.
+copies. A row that a rule turns down is counted under the rule's name; one with fields of another kind is a bad row.
+A label may be a number or its text: 1, 1.0, "1", "1.0" and true are the same.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 from data_prep.pair import Found, Pair, Passage, Rejected
 from data_prep.reading import SetAside
@@ -30,7 +32,7 @@ from data_prep.source_config import PairPresetSource
 MIN_CHARACTERS = 11
 PASSAGE_CHARACTERS = 200
 MIN_PASSAGE_CHARACTERS = 21
-_ENTAILMENT, _NEUTRAL = (0, "0", "entailment"), (1, "1", "neutral")
+_ENTAILMENT, _NEUTRAL = (0, "entailment"), (1, "neutral")
 Texts = tuple[str, str, list[str]]
 """Query, positive, negatives."""
 
@@ -65,7 +67,9 @@ def _filtered(rule: Callable[[Row, bool], Texts | str], row: Row, legacy: bool,
               where: Where) -> Texts | Rejected | SetAside:
     try:
         found = rule(row, legacy)
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        if not isinstance(found, str):
+            _require_texts([found[0], found[1], *found[2]])
+    except (KeyError, TypeError, ValueError) as error:
         return SetAside(where, "bad_row", f"{type(error).__name__}: {error}; it has {', '.join(map(str, row))}")
     if isinstance(found, str):
         return Rejected(found)
@@ -83,21 +87,26 @@ def _allnli(row: Row, legacy: bool) -> Texts | str:
 
 
 def _qqp(row: Row, legacy: bool) -> Texts | str:
-    label = row["label"] if "label" in row else row["is_duplicate"]
-    if str(label) != "1" and not legacy:
+    label = _label(row["label"] if "label" in row else row["is_duplicate"])
+    if label != 1 and not legacy:
         return "no_duplicate"
     return row["question1"], row["question2"], []
 
 
 def _msmarco(row: Row, legacy: bool) -> Texts | str:
     passages = row["passages"]
-    pairs = zip(passages["is_selected"], passages["passage_text"], strict=True)
-    chosen = next((text for selected, text in pairs if selected == 1), None)
-    if chosen is None:
+    if not isinstance(passages, dict):
+        raise TypeError(f"passages is {type(passages).__name__}, not an object of lists")
+    marks, texts = passages["is_selected"], passages["passage_text"]
+    if not (isinstance(marks, list) and isinstance(texts, list) and len(marks) == len(texts)):
+        raise TypeError("is_selected and passage_text are no lists of one length")
+    chosen = [text for mark, text in zip(marks, texts, strict=True) if _label(mark) == 1][:1]
+    if not chosen:
         return "no_selected_passage"
-    if len(chosen.strip()) < MIN_PASSAGE_CHARACTERS:
+    _require_texts(chosen)
+    if len(chosen[0].strip()) < MIN_PASSAGE_CHARACTERS:
         return "short_passage"
-    return row["query"], cut_at_word(chosen.strip(), PASSAGE_CHARACTERS), []
+    return row["query"], cut_at_word(chosen[0].strip(), PASSAGE_CHARACTERS), []
 
 
 def _wikianswers(row: Row, legacy: bool) -> Texts | str:
@@ -106,7 +115,7 @@ def _wikianswers(row: Row, legacy: bool) -> Texts | str:
 
 
 def _snli(row: Row, legacy: bool) -> Texts | str:
-    label = row["label"] if "label" in row else row["gold_label"]
+    label = _label(row["label"] if "label" in row else row["gold_label"])
     if label not in (*_ENTAILMENT, *(_NEUTRAL if legacy else ())):
         return "no_entailment"
     premise, hypothesis = _columns(row, ("premise", "hypothesis"), ("sentence1", "sentence2"))
@@ -123,9 +132,28 @@ def _columns(row: Row, *choices: tuple[str, ...]) -> list[str]:
     """The texts of the first choice of columns that a row has. Raises KeyError, or TypeError for what is no text."""
     names = next((names for names in choices if all(name in row for name in names)), choices[-1])
     values = [row[name] for name in names]
-    if not all(isinstance(value, str) for value in values):
-        raise TypeError(f"{' or '.join(names)} is no text")
+    _require_texts(values)
     return values
+
+
+def _require_texts(values: list[Any]) -> None:
+    """Raise TypeError where a value is no text."""
+    other = next((value for value in values if not isinstance(value, str)), "")
+    if not isinstance(other, str):
+        raise TypeError(f"a field is {type(other).__name__}, not text")
+
+
+def _label(value: Any) -> Any:
+    """A label as a number where it is one: "1", "1.0" and true are 1. Raises TypeError for what is no label."""
+    if not isinstance(value, str | int | float) or value != value:
+        raise TypeError(f"a label is {'nan' if isinstance(value, float) else type(value).__name__}")
+    if not isinstance(value, str):
+        return value
+    text = value.strip().lower()
+    try:
+        return {"true": 1, "false": 0}[text] if text in ("true", "false") else float(text)
+    except ValueError:
+        return text
 
 
 def cut_at_word(text: str, length: int) -> str:

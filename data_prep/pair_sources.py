@@ -150,7 +150,10 @@ def _pair_of(row: dict[str, Any], source: PairTableSource, number: int, where: W
     for column in source.negatives:
         value = row.get(column)
         negatives += value if isinstance(value, list) else [] if value is None else [value]
-    query, positive = ("" if row.get(c) is None else row[c] for c in (source.query, source.positive))
+    missing = next((column for column in (source.query, source.positive) if column not in row), None)
+    if missing is not None:
+        return SetAside(where, "no_column", f'no "{missing}"; it has {", ".join(map(str, row))}')
+    query, positive = ("" if row[c] is None else row[c] for c in (source.query, source.positive))
     other = next((value for value in (query, positive, *negatives) if not isinstance(value, str)), None)
     if other is not None:
         return SetAside(where, "no_text", f"a field is {type(other).__name__}, not text")

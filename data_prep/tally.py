@@ -11,8 +11,8 @@ from pretrain.errors import DataCorruption
 
 EXAMPLES = 3
 """The first ones of each outcome that are kept to be looked at."""
-BENIGN = frozenset({"empty", "no_member"})
-"""Reasons to set something aside that do not mean damage."""
+BENIGN = frozenset({"empty", "no_member", "empty_field", "empty_query", "empty_positive", "empty_negative"})
+"""Reasons to set something aside that do not mean damage: there is no text."""
 
 
 @dataclass(slots=True)

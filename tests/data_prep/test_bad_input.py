@@ -121,3 +121,24 @@ def test_empty_documents_are_counted_but_are_no_damage(make_config, tmp_path):
     counts, quarantine = outcome(prepare(make_config(tmp_path / "d", sources=[source], splits={}, max_bad_fraction=0)))
     assert counts == {"kept": 1, "empty": 9}
     assert len(quarantine) == 9
+
+
+@pytest.mark.parametrize("source", [{"kind": "pair_table", "negatives": ["negative"]},
+                                    {"kind": "pair_preset", "preset": "msmarco_triplets", "validation_queries": 0}])
+def test_pairs_with_an_empty_field_are_dropped_and_are_no_damage(make_config, tmp_path, source):
+    rows = [{"query": f"q{i}", "positive": f"p{i}", "negative": f"n{i}"} for i in range(6)]
+    rows += [rows[0] | {name: " "} for name in rows[0]] * 3
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = source | {"name": "p", "path": str(tmp_path / "p.jsonl")}
+    manifest = prepare(make_config(tmp_path / "d", sources=[source], splits={}, max_bad_fraction=0))
+    counts = {name: entry["documents"] for name, entry in manifest.provenance["counts"]["p"].items()}
+    assert counts.pop("kept") == 6 and sum(counts.values()) == 9
+    assert len((tmp_path / "d" / "quarantine.jsonl").read_text().splitlines()) == 9
+
+
+def test_a_row_without_the_column_of_its_pair_is_damage(make_config, tmp_path):
+    rows = [{"query": f"q{i}", "positive" if i < 6 else "answer": f"p{i}"} for i in range(9)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = {"kind": "pair_table", "name": "p", "path": str(tmp_path / "p.jsonl")}
+    with pytest.raises(DataCorruption, match=r'3 of 9 .*no_column.*no .*positive.*; it has query, answer'):
+        prepare(make_config(tmp_path / "d", sources=[source], splits={}))

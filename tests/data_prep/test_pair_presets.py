@@ -73,6 +73,40 @@ def test_cutting_ends_with_a_whole_word(text, cut):
     assert cut_at_word(text, 8) == cut
 
 
+GOOD = {"allnli": {"anchor": "a man is walking", "positive": "a person moves", "negative": "nobody moves"},
+        "qqp": {"question1": "how old is he?", "question2": "what is his age?", "label": 1},
+        "msmarco": {"query": "what is the answer", "passages": {
+            "is_selected": [0, 1], "passage_text": ["no", "a passage that is long enough"]}},
+        "wikianswers": {"anchor": "how old is he?", "positive": "what is his age?"},
+        "snli": {"premise": "a man is walking", "hypothesis": "a person moves", "label": 0},
+        "msmarco_triplets": {"query": "q", "positive": "p", "negative": "n"}}
+
+
+@pytest.mark.parametrize("preset", GOOD)
+def test_a_field_of_another_kind_is_a_bad_row(tmp_path, preset):
+    """In every field of every preset: counted and set aside, while the good row before it is kept."""
+    good = GOOD[preset]
+    rows = [good | {name: value} for name in good for value in (None, 7, ["x"], {"x": 1})
+            if not (name == "label" and value == 7)]
+    if preset == "msmarco":
+        rows += [good | {"passages": good["passages"] | {name: value}} for name in good["passages"]
+                 for value in (None, 7, "01", ["x"], {"x": 1}, [None, None], [0, [1]])]
+    assert isinstance(read(tmp_path, preset, [good])[0], Pair)
+    found = read(tmp_path, preset, rows)
+    assert [(one.reason, isinstance(one, SetAside)) for one in found] == [("bad_row", True)] * len(rows)
+
+
+def test_labels_are_numbers_however_they_are_written(tmp_path):
+    row = GOOD["qqp"]
+    found = shown(read(tmp_path, "qqp", [row | {"label": label} for label in (1, True, 1.0, "1", "1.0", "True")]))
+    assert found == [("how old is he?", "what is his age?")] * 6
+    found = shown(read(tmp_path, "qqp", [row | {"label": label} for label in (0, False, 0.0, "0", "0.0", -1, 10**400)]))
+    assert found == ["no_duplicate"] * 7
+    assert shown(read(tmp_path, "qqp", [row | {"label": float("nan")}])) == ["bad_row"]
+    found = shown(read(tmp_path, "snli", [GOOD["snli"] | {"label": label} for label in ("0.0", "0", 0.0, "-")]))
+    assert found == [("a man is walking", "a person moves")] * 3 + ["no_entailment"]
+
+
 def test_wikianswers_and_snli_rules(tmp_path):
     questions = [["how old is he?", "what is his age?"], {"anchor": "where is paris?", "positive": "is it in france?"}]
     assert shown(read(tmp_path, "wikianswers", questions)) == [
