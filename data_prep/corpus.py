@@ -23,7 +23,7 @@ from pretrain.runfolder.publish import fsync
 
 VERDICTS = ("kept", "duplicate", "query_in_other_split", "package_in_other_split", "passage_in_other_split",
             "contaminated", "near_duplicate", "no_tokens")
-KEPT, DUPLICATE, QUERY_ELSEWHERE, _, _, CONTAMINATED, NEAR_DUPLICATE, NO_TOKENS = range(len(VERDICTS))
+KEPT, DUPLICATE, QUERY_ELSEWHERE, _, PASSAGE_ELSEWHERE, CONTAMINATED, NEAR_DUPLICATE, NO_TOKENS = range(len(VERDICTS))
 """Names of the verdicts in counts."""
 
 

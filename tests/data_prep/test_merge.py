@@ -9,6 +9,7 @@ from test_pipeline import hashes
 
 from data_prep.manifest import Manifest
 from data_prep.merge import merge_datasets
+from data_prep.pairs import stored_pairs
 from data_prep.pipeline import prepare
 from data_prep.stats import split_stats, stored_documents
 from data_prep.verify import verify_dataset
@@ -57,6 +58,50 @@ def test_pairs_are_merged_too(make_config, tmp_path, dataset):
     assert merged.splits["train"].docs == Manifest.load(tmp_path / "all").splits["train"].docs
     assert sum(split.docs for split in merged.splits.values()) == 40
     assert merged.splits["train"].tokens == Manifest.load(tmp_path / "all").splits["train"].tokens
+
+
+def queries(manifest):
+    return {name: [pair.query.tolist() for pair in stored_pairs(manifest.split(name))] for name in manifest.splits}
+
+
+def test_no_query_is_in_two_splits_of_merged_pairs(make_config, tmp_path, dataset):
+    """Of datasets whose splits were drawn with other seeds, too; one dataset merged by itself keeps all of its own."""
+    made = []
+    for seed in (0, 7):
+        (tmp_path / f"{seed}.jsonl").write_text("".join(
+            json.dumps({"query": f"query {i}", "positive": f"passage {seed} {i}", "id": f"{seed}-{i}"}) + "\n"
+            for i in range(60)))
+        source = {"kind": "pair_table", "name": f"s{seed}", "path": str(tmp_path / f"{seed}.jsonl"), "query_id": "id"}
+        made.append(prepare(make_config(tmp_path / f"d{seed}", sources=[source], seed=seed, splits={"val": 0.4},
+                                        tokenizer={"path": str(dataset / "tokenizer.json")})))
+    merged = merge_datasets(tmp_path / "merged", [manifest.folder for manifest in made])
+    found = queries(merged)
+    assert not {*map(tuple, found["train"])} & {*map(tuple, found["val"])}
+    counts = merged.provenance["counts"]
+    dropped = counts["s7"]["query_in_other_split"]["documents"]
+    assert 10 < dropped == 60 - counts["s7"]["kept"]["documents"]
+    assert set(counts["s0"]) == {"kept"} and sum(map(len, found.values())) == 120 - dropped
+    assert not verify_dataset(merged.folder).faults
+
+
+def test_no_document_is_in_two_splits_of_merged_ones(parts, make_config, corpus):
+    made = [prepare(make_config(parts / f"d{seed}", seed=seed, tokenizer={"path": str(parts / "tokenizer.json")}))
+            for seed in (0, 7)]
+    merged = merge_datasets(parts / "merged", [manifest.folder for manifest in made])
+    assert {name: split.docs for name, split in merged.splits.items()} == {
+        name: split.docs for name, split in made[0].splits.items()}
+
+
+def test_mined_packages_are_not_divided(make_config, tmp_path, dataset):
+    (tmp_path / "p" / "a").mkdir(parents=True)
+    (tmp_path / "p" / "a" / "m.py").write_text("".join(
+        f'def f{i}(x):\n    """Give back the number {"x" * (i + 1)}."""\n    total = x * {i} + {i}\n'
+        "    return [total] * 1000000\n\n" for i in range(3)))
+    sources, tokenizer = [{"kind": "python_pairs", "path": str(tmp_path / "p")}], str(dataset / "tokenizer.json")
+    folders = [prepare(make_config(tmp_path / f"d{seed}", sources=sources, seed=seed, splits={"val": 1e-9},
+                                   tokenizer={"path": tokenizer})).folder for seed in (0, 7)]
+    with pytest.raises(UserError, match=r"their splits are drawn by other rules, .* packages"):
+        merge_datasets(tmp_path / "merged", folders)
 
 
 def test_what_does_not_go_together_is_refused(parts, dataset, make_config, tmp_path):
