@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -145,8 +146,12 @@ def merge(
     manifest = merge_datasets(out, folders)
     for name, split in manifest.splits.items():
         typer.echo(f"{name}: {split.docs:,} {manifest.kind}, {split.tokens:,} tokens")
-    dropped = sum(entry.get("duplicate", {}).get("documents", 0) for entry in manifest.provenance["counts"].values())
-    typer.echo(f"{out}: fingerprint {manifest.fingerprint[:16]}, {dropped:,} copies dropped")
+    dropped: Counter[str] = Counter()
+    for outcomes in manifest.provenance["counts"].values():
+        dropped.update({reason: entry["documents"] for reason, entry in outcomes.items()})
+    elsewhere = dropped["query_in_other_split"] + dropped["passage_in_other_split"]
+    typer.echo(f"{out}: fingerprint {manifest.fingerprint[:16]}, {dropped['duplicate']:,} copies dropped"
+               + (f", {elsewhere:,} pairs that belong to another split" if elsewhere else ""))
 
 
 def _decoded(tokenizer: Tokenizer | None, ids: list[int]) -> str:
