@@ -100,16 +100,17 @@ def spelled(name: Path) -> str:
 
 
 def format_of(path: Path) -> str:
-    """Suffix of a file without that of its compression: .jsonl of a.jsonl.gz."""
-    return next((s for s in reversed(path.suffixes) if s not in COMPRESSED), "")
+    """Suffix of a file without that of its compression, in lower case: .jsonl of a.JSONL.gz."""
+    return next((s for s in reversed([s.lower() for s in path.suffixes]) if s not in COMPRESSED), "")
 
 
 def open_text(path: Path, meter: Meter | None = None) -> IO[bytes]:
     """The file's content, decompressed. A compressed file cut short raises EOFError where it ends."""
     raw = _Counted(path, meter or Meter())
-    if path.suffix == ".gz":
+    suffix = path.suffix.lower()
+    if suffix == ".gz":
         return gzip.GzipFile(fileobj=io.BufferedReader(raw, READ_AHEAD), mode="rb")  # type: ignore[return-value]
-    if path.suffix in (".zst", ".zstd"):
+    if suffix in (".zst", ".zstd"):
         return io.BufferedReader(_ZstdFile(raw), READ_AHEAD)
     return io.BufferedReader(raw, READ_AHEAD)
 

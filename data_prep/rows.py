@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,13 +9,12 @@ from typing import Any
 
 from data_prep.reading import READ_ERRORS, FilePart, Meter, SetAside, format_of, open_text
 from data_prep.source_config import HubDataset
+from data_prep.tables import TABLES, read_table, table_rows
 from pretrain.errors import ConfigError
 
-FIELD_BYTES = 1 << 28
-"""Longest field of a csv file. The library's own limit of 131,072 characters is less than a long page."""
 BATCH_ROWS = 256
 """Rows of a Parquet file or a dataset that are held at once."""
-FORMATS = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet")
+FORMATS = (".jsonl", ".json", ".ndjson", *TABLES, ".parquet")
 Where = dict[str, Any]
 Row = dict[str, Any]
 
@@ -31,8 +28,8 @@ def file_rows(part: FilePart, where: Where, limit: int, *, chosen: list[str] | N
     lines much longer are set aside without being held in memory.
     """
     suffix = format_of(part.path)
-    if suffix in (".csv", ".tsv"):
-        yield from _table_rows(part, where, header, meter)
+    if suffix in TABLES:
+        yield from table_rows(part, where, limit, header, meter)
     elif suffix == ".parquet":
         yield from _parquet_rows(part, where, chosen, meter)
     else:
@@ -42,9 +39,9 @@ def file_rows(part: FilePart, where: Where, limit: int, *, chosen: list[str] | N
 def columns_of(path: Path) -> list[str] | None:
     """Names of the columns of a file; None where its rows name their own. Raises what its reader raises."""
     suffix = format_of(path)
-    if suffix in (".csv", ".tsv"):
+    if suffix in TABLES:
         with open_text(path) as stream:
-            return list(_table(stream, suffix, None).fieldnames or [])
+            return next((row.fields or [] for row in read_table(stream, suffix, 1 << 20)), [])
     if suffix == ".parquet":
         import pyarrow.parquet
         return list(pyarrow.parquet.read_schema(path).names)
@@ -91,34 +88,6 @@ def json_row(content: bytes, where: Where) -> Row | SetAside:
     if isinstance(record, list):
         return {str(i): value for i, value in enumerate(record)}
     return record if isinstance(record, dict) else SetAside(where, "bad_json", "neither an object nor a list")
-
-
-def _table(stream: Any, suffix: str, header: list[str] | None) -> csv.DictReader[str]:
-    csv.field_size_limit(FIELD_BYTES)
-    # Bytes that are no UTF-8 become lone surrogates, which are found later: one bad row costs one row.
-    text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
-    return csv.DictReader(text, header, delimiter="\t" if suffix == ".tsv" else ",",
-                          quoting=csv.QUOTE_MINIMAL if suffix == ".csv" else csv.QUOTE_NONE)
-
-
-def _table_rows(part: FilePart, where: Where, header: list[str] | None,
-                meter: Meter | None) -> Iterator[tuple[Where, Row | SetAside]]:
-    line = 0
-    try:
-        with open_text(part.path, meter) as stream:
-            table = _table(stream, format_of(part.path), header)
-            for row in table:
-                line = table.line_num
-                here = where | {"line": line}
-                extra: Any = row.pop(None, None)
-                if extra is not None or None in row.values():
-                    fields = sum(value is not None for value in row.values()) + len(extra or [])
-                    yield here, SetAside(here, "bad_row", f"{fields} fields, the header has {len(row)}")
-                else:
-                    yield here, dict(row)
-    except (*READ_ERRORS, csv.Error) as error:
-        here = where | {"line": line + 1}
-        yield here, SetAside(here, "unreadable", str(error))
 
 
 def _parquet_rows(part: FilePart, where: Where, columns: list[str] | None,

@@ -1,5 +1,7 @@
 """What is lost with a damaged file or archive is counted by what it held, and reading goes on behind the damage."""
 
+import csv
+import gzip
 import io
 import tarfile
 from pathlib import Path
@@ -7,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from data_prep.reading import SetAside
-from data_prep.source_config import TarSource
+from data_prep.source_config import TableSource, TarSource
 from data_prep.sources import read_source
+from data_prep.tables import TableRow, read_table
 from data_prep.tally import BENIGN
 
 
@@ -86,3 +89,63 @@ def test_samples_without_the_member_are_counted_and_no_damage(tmp_path):
     assert texts == [f"x/{i}.txt" for i in range(9) if i % 3]
     assert [(item.reason, item.provenance["key"]) for item in aside] == [("no_member", f"x/{i}") for i in (0, 3, 6)]
     assert "no_member" in BENIGN
+
+
+def table(tmp_path: Path, name: str, content: str) -> TableSource:
+    (tmp_path / name).write_text(content, newline="")
+    return TableSource(name="t", path=str(tmp_path / name))
+
+
+def rows(count: int, separator: str = ",") -> list[str]:
+    return [f"id{separator}text", *(f"{i}{separator}row {i}" for i in range(1, count))]
+
+
+@pytest.mark.parametrize("ending", ["", "\n"])
+def test_a_quote_that_nothing_closes_costs_its_line(tmp_path, ending):
+    lines = rows(300)
+    lines[200] = '200,"row 200'
+    texts, [aside] = parts(read(table(tmp_path, "a.csv", "\n".join(lines) + ending)))
+    assert texts == [f"row {i}" for i in range(1, 300) if i != 200]
+    assert (aside.reason, aside.provenance["line"], aside.items) == ("open_quote", 201, 1)
+    lines[250] = '250,"row" 250'  # the next quote is followed by text: it does not close the field of line 201
+    lines[299] = '299,"row 299'  # open at the end of the file
+    texts, aside = parts(read(table(tmp_path, "a.csv", "\n".join(lines) + ending)))
+    assert texts == [f"row {i}" for i in range(1, 299) if i != 200]
+    assert [item.provenance["line"] for item in aside] == [201, 300]
+
+
+def test_a_quoted_field_longer_than_any_text_is_damage(tmp_path):
+    lines = rows(9)
+    lines[2] = '2,"' + "\n".join(["x" * 99] * 99)
+    (tmp_path / "a.csv").write_text("\n".join(lines))
+    with (tmp_path / "a.csv").open("rb") as stream:
+        found = list(read_table(stream, ".csv", 1000))
+    assert [row.line for row in found if row.fields is None] == [3]
+    assert found[-1] == TableRow(107, 1, ["8", "row 8"])
+
+
+def test_quoted_fields_over_lines_are_read_and_named_by_their_first_line(tmp_path):
+    content = 'id,text\n1,"a\n""b"",\n\nc"\n2,d\n3,"e\r\nf"\n\n4,"g"h\n'
+    found = read(table(tmp_path, "a.csv", content))
+    assert [(d.text.decode(), d.provenance["line"]) for d in found] == [
+        ('a\n"b",\n\nc', 2), ("d", 6), ("e\r\nf", 7), ("gh", 10)]
+    [_, bad] = read(table(tmp_path, "a.csv", 'id,text\n1,a\n2,"b\nc\nd",e\n'))
+    assert (bad.reason, bad.provenance["line"], bad.items) == ("bad_row", 3, 3)
+
+
+def test_a_tsv_is_read_as_the_csv_module_writes_it_and_other_quotes_are_text(tmp_path):
+    out = io.StringIO()
+    texts = ["two\nlines", 'a "word"', "tab\tinside", "plain"]
+    csv.writer(out, delimiter="\t").writerows([["id", "text"], *enumerate(texts)])
+    assert parts(read(table(tmp_path, "a.tsv", out.getvalue()))) == (texts, [])
+    plain = ['"Go", she said', '"open', "19\" wide", 'he said "no"', 'a closing"', "last"]
+    content = "".join(f"{line}\n" for line in ["id\ttext", *(f"{i}\t{text}" for i, text in enumerate(plain))])
+    assert parts(read(table(tmp_path, "a.tsv", content))) == (plain, [])
+
+
+@pytest.mark.parametrize("name", ["A.CSV", "A.Csv.GZ"])
+def test_a_suffix_counts_in_any_case(tmp_path, name):
+    content = "\n".join(rows(5)).encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("GZ") else content)
+    texts, aside = parts(read(TableSource(name="t", path=str(tmp_path / name))))
+    assert (texts, aside) == ([f"row {i}" for i in range(1, 5)], [])

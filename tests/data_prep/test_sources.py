@@ -124,7 +124,7 @@ def test_tables_give_their_text_column(tmp_path, name, pack):
     assert [d.text.decode() for d in found] == texts
     lines = out.getvalue().split("\n")
     for document, text in zip(found, texts, strict=True):
-        assert text.split("\n")[-1].rstrip('"') in lines[document.provenance["line"] - 1].replace('""', '"')
+        assert text.split("\n")[0].rstrip('"') in lines[document.provenance["line"] - 1].replace('""', '"')
 
 
 def test_parquet_is_read_whole_and_by_row_groups(tmp_path):
