@@ -105,9 +105,11 @@ def format_of(path: Path) -> str:
 
 
 def open_text(path: Path, meter: Meter | None = None) -> IO[bytes]:
-    """The file's content, decompressed. A compressed file cut short raises EOFError where it ends."""
-    raw = _Counted(path, meter or Meter())
+    """The file's content, decompressed. A compressed file cut short, to 0 bytes too, raises EOFError where it ends."""
     suffix = path.suffix.lower()
+    if suffix in COMPRESSED and path.stat().st_size == 0:
+        raise EOFError("0 bytes, which is no compressed file")
+    raw = _Counted(path, meter or Meter())
     if suffix == ".gz":
         return gzip.GzipFile(fileobj=io.BufferedReader(raw, READ_AHEAD), mode="rb")  # type: ignore[return-value]
     if suffix in (".zst", ".zstd"):

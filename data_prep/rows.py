@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_prep.reading import READ_ERRORS, FilePart, Meter, SetAside, format_of, open_text
+from data_prep.reading import COMPRESSED, READ_ERRORS, FilePart, Meter, SetAside, format_of, lost_items, open_text
 from data_prep.source_config import HubDataset
 from data_prep.tables import TABLES, read_table, table_rows
-from pretrain.errors import ConfigError
+from pretrain.errors import ConfigError, DataCorruption
 
 BATCH_ROWS = 256
 """Rows of a Parquet file or a dataset that are held at once."""
@@ -28,7 +28,9 @@ def file_rows(part: FilePart, where: Where, limit: int, *, chosen: list[str] | N
     lines much longer are set aside without being held in memory.
     """
     suffix = format_of(part.path)
-    if suffix in TABLES:
+    if part.size == 0 and suffix != ".parquet" and part.path.suffix.lower() not in COMPRESSED:
+        yield where, SetAside(where, "empty", "a file of 0 bytes")
+    elif suffix in TABLES:
         yield from table_rows(part, where, limit, header, meter)
     elif suffix == ".parquet":
         yield from _parquet_rows(part, where, chosen, meter)
@@ -37,9 +39,9 @@ def file_rows(part: FilePart, where: Where, limit: int, *, chosen: list[str] | N
 
 
 def columns_of(path: Path) -> list[str] | None:
-    """Names of the columns of a file; None where its rows name their own. Raises what its reader raises."""
+    """Names of the columns of a file; None where it has none. Raises what its reader raises."""
     suffix = format_of(path)
-    if suffix in TABLES:
+    if suffix in TABLES and path.stat().st_size:
         with open_text(path) as stream:
             return next((row.fields or [] for row in read_table(stream, suffix, 1 << 20)), [])
     if suffix == ".parquet":
@@ -50,7 +52,8 @@ def columns_of(path: Path) -> list[str] | None:
 
 def _json_rows(part: FilePart, where: Where, limit: int,
                meter: Meter | None) -> Iterator[tuple[Where, Row | SetAside]]:
-    line, offset = part.before, part.start
+    line, offset, meter = part.before, part.start, meter or Meter()
+    before = meter.bytes
     longest = 8 * limit + (1 << 20)  # the text with escapes (at most 6 bytes for one) and the other keys
     try:
         with open_text(part.path, meter) as stream:
@@ -69,7 +72,8 @@ def _json_rows(part: FilePart, where: Where, limit: int,
                     yield here, json_row(content, here)
     except READ_ERRORS as error:
         here = where | {"line": line + 1, "offset": offset}
-        yield here, SetAside(here, "unreadable", str(error))
+        lost = lost_items(line - part.before, meter.bytes - before, part.size, cut=isinstance(error, EOFError))
+        yield here, SetAside(here, "unreadable", str(error), lost)
 
 
 def too_large(size: int, where: Where, limit: int) -> SetAside:
@@ -98,22 +102,36 @@ def _parquet_rows(part: FilePart, where: Where, columns: list[str] | None,
     try:
         with pyarrow.parquet.ParquetFile(part.path) as file:
             stop = file.num_row_groups if part.stop is None else part.stop
+            sizes = [file.metadata.row_group(group).num_rows for group in range(part.start, stop)]
             missing = next((c for c in columns or [] if c not in file.schema_arrow.names), None)
             if missing is not None:
-                rows = sum(file.metadata.row_group(group).num_rows for group in range(part.start, stop))
                 here = where | {"row": number}
-                yield here, SetAside(here, "no_column", f'no column "{missing}" in {rows} rows; it has '
-                                     f'{", ".join(file.schema_arrow.names)}', rows)
-                return
-            for batch in file.iter_batches(BATCH_ROWS, list(range(part.start, stop)), columns):
-                for row in batch.to_pylist():
-                    yield where | {"row": number}, row
-                    number += 1
-    except (*READ_ERRORS, pyarrow.ArrowException) as error:
+                yield here, SetAside(here, "no_column", f'no column "{missing}" in {sum(sizes)} rows; it has '
+                                     f'{", ".join(file.schema_arrow.names)}', sum(sizes))
+                sizes = []
+            for group, rows in enumerate(sizes, part.start):
+                yield from _group_rows(file, group, rows, number, where, columns)
+                number += rows
+    except (*READ_ERRORS, pyarrow.ArrowException) as error:  # no footer: nothing is read
         here = where | {"row": number}
-        yield here, SetAside(here, "unreadable", str(error))
+        yield here, SetAside(here, "unreadable", str(error), lost_items(0, 0, part.size, cut=True))
     if meter is not None:
         meter.bytes += part.size
+
+
+def _group_rows(file: Any, group: int, rows: int, number: int, where: Where,
+                columns: list[str] | None) -> Iterator[tuple[Where, Row | SetAside]]:
+    """Rows of a row group, the first of them `number`; from a damaged page on, the rest of the group is lost."""
+    import pyarrow
+    stop = number + rows
+    try:
+        for batch in file.iter_batches(BATCH_ROWS, [group], columns):
+            for row in batch.to_pylist():
+                yield where | {"row": number}, row
+                number += 1
+    except (*READ_ERRORS, pyarrow.ArrowException) as error:
+        here = where | {"row": number}
+        yield here, SetAside(here, "unreadable", str(error), max(1, stop - number))
 
 
 def open_hub(dataset: HubDataset, key: str) -> Any:
@@ -134,9 +152,14 @@ def open_hub(dataset: HubDataset, key: str) -> Any:
 
 def hub_rows(dataset: HubDataset, where: Where, start: int, stop: int | None,
              key: str) -> Iterator[tuple[Where, Row | SetAside]]:
-    """Rows [start, stop) of a dataset of the library, numbered from 0."""
+    """Rows [start, stop) of a dataset of the library, numbered from 0.
+
+    Raises DataCorruption where a stream ends in an error: its rest, of unknown size, is not lost in silence.
+    """
     opened = open_hub(dataset, key)
     number = start
+    if stop is None and not dataset.streaming:
+        stop = len(opened)
     try:
         if stop is not None:
             opened = opened.select(range(start, stop))
@@ -144,6 +167,11 @@ def hub_rows(dataset: HubDataset, where: Where, start: int, stop: int | None,
             yield where | {"row": number}, row
             number += 1
     except Exception as error:  # whatever the library's readers and decoders raise
+        found = f"{type(error).__name__}: {error}"
+        if stop is None:
+            raise DataCorruption(
+                f"source {where['source']}: the stream {dataset.path} ends in an error at row {number:,}, and how much "
+                f"is lost is not known ({found}); the same command tries again and goes on where it was, max_documents "
+                "leaves out the rest") from error
         here = where | {"row": number}
-        yield here, SetAside(here, "unreadable", f"{type(error).__name__}: {error}",
-                             1 if stop is None else max(1, stop - number))
+        yield here, SetAside(here, "unreadable", found, max(1, stop - number))

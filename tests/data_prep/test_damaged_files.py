@@ -3,16 +3,20 @@
 import csv
 import gzip
 import io
+import random
 import tarfile
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
-from data_prep.reading import SetAside
-from data_prep.source_config import TableSource, TarSource
+from data_prep.reading import SetAside, lost_items
+from data_prep.source_config import HubDataset, HubSource, JsonlSource, ParquetSource, TableSource, TarSource
 from data_prep.sources import read_source
 from data_prep.tables import TableRow, read_table
 from data_prep.tally import BENIGN
+from pretrain.errors import DataCorruption
 
 
 def read(source):
@@ -149,3 +153,61 @@ def test_a_suffix_counts_in_any_case(tmp_path, name):
     (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("GZ") else content)
     texts, aside = parts(read(TableSource(name="t", path=str(tmp_path / name))))
     assert (texts, aside) == ([f"row {i}" for i in range(1, 5)], [])
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.csv.gz", "a.tar"])
+def test_a_compressed_file_or_tar_of_0_bytes_is_damage(tmp_path, name):
+    (tmp_path / name).write_bytes(b"")
+    kind = {".jsonl": JsonlSource, ".csv": TableSource, ".tar": TarSource}[f".{name.split('.')[1]}"]
+    [aside] = read(kind(name="e", path=str(tmp_path)))
+    assert (aside.reason, aside.items, aside.provenance["path"]) == ("unreadable", 1, name)
+
+
+@pytest.mark.parametrize("name, kind", [("a.jsonl", JsonlSource), ("a.csv", TableSource)])
+def test_a_plain_file_of_0_bytes_is_counted_as_empty(tmp_path, name, kind):
+    (tmp_path / name).write_bytes(b"")
+    [aside] = read(kind(name="e", path=str(tmp_path)))
+    assert (aside.reason, aside.provenance) == ("empty", {"source": "e", "path": name})
+
+
+def test_of_a_damaged_row_group_the_rest_is_counted_and_the_next_one_read(tmp_path):
+    draw = random.Random(0)
+    texts = [f"{i} {draw.random()}" for i in range(2000)]
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path, row_group_size=500, data_page_size=1024,
+                                use_dictionary=False, write_batch_size=64, compression="NONE")
+    content = bytearray(path.read_bytes())
+    at = content.find(texts[800].split()[1].encode())
+    assert at > 0
+    content[at:at + 2000] = b"\xff" * 2000  # the header of the next page among them
+    path.write_bytes(content)
+    found, [aside] = parts(read(ParquetSource(name="p", path=str(path))))
+    assert (aside.reason, aside.provenance["row"] + aside.items) == ("unreadable", 1000)
+    assert 500 <= aside.provenance["row"] <= 900
+    assert found == texts[:aside.provenance["row"]] + texts[1000:]
+
+
+def test_the_rest_of_a_damaged_file_is_counted_by_its_bytes():
+    assert lost_items(0, 0, 100 * 4096, cut=False) == 100  # nothing was read
+    assert lost_items(50, 0, 10, cut=True) == 50  # its size says nothing about what is gone
+    mb = 1 << 20
+    assert lost_items(900, 91 * mb, 100 * mb, cut=False) == 100  # a MB of the 91 was read ahead
+    assert lost_items(7, 1000, 1000, cut=False) == 7  # all of it was read ahead
+
+
+def test_a_stream_that_ends_in_an_error_is_fatal_and_a_dataset_counts_its_rest(monkeypatch):
+    class Broken(list):
+        def __iter__(self):
+            yield from [{"text": f"row {i}"} for i in range(3)]
+            raise OSError("connection lost")
+
+        def select(self, _):
+            return self
+    monkeypatch.setattr("data_prep.rows.open_hub", lambda *_: Broken(range(10)))
+    stream = HubSource(name="h", dataset=HubDataset(path="far/away", streaming=True))
+    with pytest.raises(DataCorruption, match=r"source h: the stream far/away ends in an error at row 3, .*lost"):
+        read(stream)
+    assert DataCorruption.code == 3
+    whole = stream.model_copy(update={"dataset": HubDataset(path="far/away")})
+    texts, [aside] = parts(read(whole))
+    assert (texts, aside.items) == ([f"row {i}" for i in range(3)], 7)
