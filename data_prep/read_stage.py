@@ -23,7 +23,7 @@ from data_prep.files import canonical_json, write_atomic
 from data_prep.item import HOME_NAMES, Item, item_of
 from data_prep.minhash import band_hashes
 from data_prep.ngrams import NgramIndex
-from data_prep.pair import Found, Rejected
+from data_prep.pair import Found, Pair, Rejected
 from data_prep.pair_sources import read_pair_parts
 from data_prep.plan import Piece
 from data_prep.reading import Meter, SetAside
@@ -142,6 +142,10 @@ class _Chunk:
         return (self.size >= self.reader.chunk_bytes or len(self.items) >= CHUNK_ITEMS
                 or self.consumed - self.begin >= CHUNK_READ)
 
+    @property
+    def _asks_for_negatives(self) -> bool:
+        return bool(getattr(self.reader.config.sources[self.piece.source], "negatives", None))
+
     def add(self, found: Document | Found, consumed: int) -> None:
         """Take what was read, number `consumed` of the piece."""
         self.consumed = consumed
@@ -152,6 +156,8 @@ class _Chunk:
         elif isinstance(found, Rejected):
             self.tally.add(name, found.reason, 0)
         else:
+            if isinstance(found, Pair) and not found.negatives and self._asks_for_negatives:
+                self.cleaner.changes["pairs_without_negatives"] += 1  # a column that is gone looks like one of nulls
             item = item_of(found, self.reader.config, self.splitter, self.cleaner)
             if isinstance(item, Dropped):
                 size = len(found.text) if isinstance(found, Document) else sum(map(len, found.texts))

@@ -116,7 +116,7 @@ def _examples(examples: list[dict[str, Any]]) -> Markup:
 def _changes(made: dict[str, Any]) -> str:
     rows = [(source, what, count) for source, changes in (made.get("changes") or {}).items()
             for what, count in changes.items() if count]
-    return f"<h2>Changed by cleaning</h2>\n{_table(('source', 'what', 'count'), rows)}" if rows else ""
+    return f"<h2>Changed by cleaning, and notes</h2>\n{_table(('source', 'what', 'count'), rows)}" if rows else ""
 
 
 def _copies(copies: dict[str, Any]) -> str:

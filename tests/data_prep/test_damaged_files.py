@@ -11,6 +11,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from data_prep.pipeline import prepare
 from data_prep.reading import SetAside, lost_items
 from data_prep.source_config import HubDataset, HubSource, JsonlSource, ParquetSource, TableSource, TarSource
 from data_prep.sources import read_source
@@ -211,3 +212,15 @@ def test_a_stream_that_ends_in_an_error_is_fatal_and_a_dataset_counts_its_rest(m
     whole = stream.model_copy(update={"dataset": HubDataset(path="far/away")})
     texts, [aside] = parts(read(whole))
     assert (texts, aside.items) == ([f"row {i}" for i in range(3)], 7)
+
+
+def test_pairs_whose_column_of_negatives_is_gone_are_kept_and_counted(make_config, tmp_path):
+    (tmp_path / "in").mkdir()
+    for name, column in (("a.csv", "negative"), ("b.csv", "neg")):
+        lines = [f"query,positive,{column}", *(f"query {name} {i},positive {i},negative {i}" for i in range(20))]
+        (tmp_path / "in" / name).write_text("\n".join(lines))
+    source = {"kind": "pair_table", "name": "p", "path": str(tmp_path / "in"), "glob": "*.csv",
+              "negatives": ["negative"]}
+    made = prepare(make_config(tmp_path / "d", sources=[source], splits={}, max_bad_fraction=0)).provenance
+    assert made["counts"]["p"]["kept"]["documents"] == 40
+    assert made["changes"]["p"]["pairs_without_negatives"] == 20
