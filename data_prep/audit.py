@@ -4,7 +4,11 @@ Items are the documents of the evaluation side (of pairs: the texts). Training d
 n-grams, shard by shard on any number of processes; counts are added, so neither the order of shards nor workers show.
 
 Level `word` compares normalised words of the decoded text and works between tokenizers. Level `token` compares ids,
-needs one tokenizer on both sides, and is several times as fast; it misses copies that differ in case or punctuation.
+needs one tokenizer on both sides, and is several times as fast; it misses copies that differ in case or punctuation,
+and at their ends those whose first token is another one in the middle of a text.
+
+n-grams in many documents are boilerplate and count for nothing, but an item that stands whole in one document always
+counts: a header that it shares with the training side does not excuse a copy.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ import numpy.typing as npt
 from data_prep.crew import Advance, Stage, run_stage
 from data_prep.decontaminate import is_contaminated
 from data_prep.manifest import TOKENIZER, Manifest, Split
-from data_prep.ngrams import GramCounts, NgramIndex, Overlap
+from data_prep.ngrams import GramCounts, NgramIndex, Overlap, WholeItems
 from data_prep.pairs import shard_pairs
 from data_prep.stats import shard_documents
 from data_prep.tokenizer import load_tokenizer
@@ -30,6 +34,8 @@ from data_prep.words import I64, U64, excerpt, mix, word_hashes
 from pretrain.errors import UserError
 
 Level = Literal["word", "token"]
+Counts = tuple[npt.NDArray[np.uint32], npt.NDArray[np.bool_], int]
+"""Of training shards: ([g] documents by n-gram, [items] whether an item stands whole in one, documents)."""
 BATCH_TOKENS = 1 << 18
 EXCERPT_WORDS = 40
 
@@ -64,12 +70,14 @@ class Audit:
     level: Level
     items: int
     contaminated: int
-    """Items covered to `coverage` or in a stretch of `run`."""
+    """Items covered to `coverage` or in a stretch of `run`, and those in `whole`."""
     suspicious: int
     """Other items with any n-gram that counts."""
     boilerplate_ngrams: int
     boilerplate_items: int
-    """Items that nothing but boilerplate touches."""
+    """Other items that nothing but boilerplate touches."""
+    whole: int
+    """Contaminated items that count only because they stand whole in a document: without that, they are boilerplate."""
     mean_coverage: float
     """Share of all evaluation words inside of matched n-grams."""
     worst: list[Finding]
@@ -110,21 +118,27 @@ def audit(train: Side, evaluation: Side, *, level: Level | None = None, ngram: i
         index = NgramIndex.build(ngram, (
             batch for shard in range(split.n_shards) for batch in _batches(ours, split, shard, level)))
         index.save(Path(folder) / "index")
-        counts, documents = GramCounts(index), 0
+        counts, whole, documents = GramCounts(index), WholeItems(index), 0
         make = functools.partial(_make_probe, train, Path(folder) / "index", level)
-        for found, number in run_stage(make, range(shards), max(1, min(workers, shards)), advance):
+        for found, copied, number in run_stage(make, range(shards), max(1, min(workers, shards)), advance):
             counts.counts += found
+            whole.found |= copied
             documents += number
     overlaps = index.overlaps(counts.matched(boilerplate))
     bad = {o.item for o in overlaps if is_contaminated(o, coverage, run)}
+    excused = set(np.flatnonzero(whole.found).tolist()) - bad
+    bad |= excused
+    overlaps = [o for o in overlaps if o.item not in excused] + [
+        Overlap(item, 1.0, int(index.lengths[item]), 0) for item in sorted(excused)]
     order = sorted(overlaps, key=lambda o: (o.item not in bad, -o.coverage, -o.run, o.item))[:worst]
-    common = counts.counts > boilerplate
+    common = counts.common(boilerplate)
     covered = sum(o.coverage * int(index.lengths[o.item]) for o in overlaps)
     return Audit(
         level=level, items=index.n_items, contaminated=len(bad), suspicious=len(overlaps) - len(bad),
         boilerplate_ngrams=int(np.count_nonzero(common)),
         boilerplate_items=len({o.item for o in index.overlaps(common)} - {o.item for o in overlaps}),
-        mean_coverage=covered / max(1, int(index.lengths.sum())), worst=_findings(ours, split, level, order),
+        whole=len(excused), mean_coverage=covered / max(1, int(index.lengths.sum())),
+        worst=_findings(ours, split, level, order),
         train_documents=documents, train_fingerprint=theirs.fingerprint, evaluation_fingerprint=ours.fingerprint)
 
 
@@ -143,18 +157,20 @@ def _level(train: Manifest, evaluation: Manifest, wanted: Level | None) -> Level
     return wanted or ("word" if both else "token")
 
 
-def _make_probe(side: Side, index: Path, level: Level) -> Stage[tuple[npt.NDArray[np.uint32], int]]:
-    """Counts of one shard of the training side: ([g] documents by n-gram, documents)."""
+def _make_probe(side: Side, index: Path, level: Level) -> Stage[Counts]:
+    """Counts of one shard of the training side."""
     manifest, loaded = Manifest.read(side.folder), NgramIndex.load(index)
     split = manifest.split(side.split)
 
-    def probe(shard: int, advance: Advance) -> tuple[npt.NDArray[np.uint32], int]:
-        counts, documents = GramCounts(loaded), 0
+    def probe(shard: int, advance: Advance) -> Counts:
+        counts, whole, documents = GramCounts(loaded), WholeItems(loaded), 0
         for words, bounds in _batches(manifest, split, shard, level):
-            counts.add(loaded.probe(words, bounds))
+            hits = loaded.probe(words, bounds)
+            counts.add(hits)
+            whole.add(hits)
             documents += len(bounds) - 1
         advance(int(split.table[shard]["tokens"]))
-        return counts.counts, documents
+        return counts.counts, whole.found, documents
     return probe
 
 

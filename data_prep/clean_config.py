@@ -100,7 +100,10 @@ class DedupConfig(Section):
 
 
 class DecontaminateConfig(Section):
-    """Documents of the train split that hold text of an evaluation set are dropped; of pairs, where any text does."""
+    """Documents of the train split that hold text of an evaluation set are dropped.
+
+    Pairs, where any text does, from all splits; but not what a source's `split` puts into another one than train.
+    """
 
     against: list[EvaluationSource] = Field(min_length=1, description="the evaluation sets, as sources")
     ngram: int = Field(13, ge=2, le=64, description="words; a text with fewer is looked for as a whole")

@@ -105,7 +105,7 @@ def _decontaminate(corpus: Corpus, config: PrepConfig, folder: Path, index: Path
     assert section is not None  # there is an index
 
     def work(verdicts: Verdicts) -> None:
-        figures = drop_contaminated(corpus, verdicts, section, index, report)
+        figures = drop_contaminated(corpus, verdicts, section, index, report, pairs=config.kind == "pairs")
         write_atomic(folder / "contaminated.json", json.dumps(figures).encode())
     _run(corpus, "contaminated", work)
 

@@ -5,7 +5,7 @@ past it. An n-gram is found by a 64-bit hash behind a bitmap and confirmed by a 
 takes 2^128. Items of fewer than n words are looked for as whole texts.
 
 Counting is by distinct documents. n-grams that stand in many of them (`boilerplate`: licences, headers) say nothing
-about a leak and are told apart. All results are independent of the order in which documents come.
+about a leak and are told apart; a whole text always counts. All results are independent of the order of documents.
 """
 
 from __future__ import annotations
@@ -108,6 +108,14 @@ class NgramIndex:
         """Distinct n-grams."""
         return len(self.hashes)
 
+    @property
+    def whole_texts(self) -> npt.NDArray[np.bool_]:
+        """[g] whether an n-gram is a whole text of fewer than n words."""
+        found = np.zeros(self.n_grams, np.bool_)
+        short = np.flatnonzero((self.lengths > 0) & (self.lengths < self.n))
+        found[self.grams[self.bounds[short]]] = True
+        return found
+
     def probe(self, words: U64, bounds: I64) -> Hits:
         """The n-grams of a batch of texts ([m] word hashes, [texts + 1] bounds) that are in the index."""
         hashes, gram_bounds = ngram_hashes(words, bounds, self.n)
@@ -152,6 +160,10 @@ class NgramIndex:
         longest = int(lengths.argmax())
         return Overlap(item, covered / words, int(lengths[longest]) + n - 1, int(at[starts[longest]]))
 
+    def grams_of(self, item: int) -> I64:
+        """[k] n-grams of an item, in its order."""
+        return self.grams[self.bounds[item]:self.bounds[item + 1]]
+
     def items_of(self, grams: I64) -> I64:
         """Numbers of the items that hold any of these n-grams, ascending."""
         if self._order is None:
@@ -179,6 +191,7 @@ class GramCounts:
 
     def __init__(self, index: NgramIndex) -> None:
         self.counts = np.zeros(index.n_grams, np.uint32)
+        self._whole = index.whole_texts
 
     def add(self, hits: Hits) -> None:
         """Count a batch of whole documents."""
@@ -187,8 +200,50 @@ class GramCounts:
             np.add.at(self.counts, pairs[:, 1], 1)
 
     def matched(self, boilerplate: int) -> npt.NDArray[np.bool_]:
-        """[g] whether an n-gram was found, but in no more than `boilerplate` documents."""
-        return (self.counts > 0) & (self.counts <= boilerplate)
+        """[g] whether an n-gram was found, but in no more than `boilerplate` documents, or is a whole text."""
+        return (self.counts > 0) & ~self.common(boilerplate)
+
+    def common(self, boilerplate: int) -> npt.NDArray[np.bool_]:
+        """[g] whether an n-gram was found in more than `boilerplate` documents. Whole texts never are that."""
+        return (self.counts > boilerplate) & ~self._whole
+
+
+class WholeItems:
+    """Which items stand whole in one text: all of their n-grams, one after the other, however common these are."""
+
+    def __init__(self, index: NgramIndex) -> None:
+        self.found = np.zeros(index.n_items, np.bool_)
+        """[items]"""
+        self._index, self._sizes = index, np.diff(index.bounds)
+        items = np.flatnonzero(self._sizes)
+        owner, place = _places(index.bounds)
+        shared = np.bincount(index.grams, minlength=1)[index.grams]
+        rarest = np.lexsort((shared, owner))[index.bounds[items]]  # of each item, the n-gram that fewest others have
+        order = np.argsort(index.grams[rarest], kind="stable")
+        self._grams, self._items, self._before = (
+            array[order] for array in (index.grams[rarest], items, place[rarest]))
+
+    def add(self, hits: Hits) -> None:
+        """Look at a batch of whole texts."""
+        begin = np.searchsorted(self._grams, hits.grams)
+        counts = np.searchsorted(self._grams, hits.grams, side="right") - begin
+        at = np.repeat(np.arange(len(counts)), counts)
+        chosen = _ranges(begin, counts)
+        items, first = self._items[chosen], at - self._before[chosen]
+        last = first + self._sizes[items] - 1
+        fits = np.flatnonzero((first >= 0) & (last < len(hits.grams)) & ~self.found[items])
+        items, first, last = items[fits], first[fits], last[fits]
+        fits = np.flatnonzero((hits.texts[first] == hits.texts[last]) & (
+            hits.positions[last] - hits.positions[first] == last - first))
+        for item, start in zip(items[fits].tolist(), first[fits].tolist(), strict=True):
+            if not self.found[item]:
+                own = self._index.grams_of(item)
+                self.found[item] = np.array_equal(hits.grams[start:start + len(own)], own)
+
+
+def _ranges(begin: I64, counts: I64) -> I64:
+    """begin[i], begin[i] + 1, ... counts[i] of them for each i."""
+    return np.arange(counts.sum()) + np.repeat(begin - np.cumsum(counts) + counts, counts)
 
 
 def _places(bounds: I64) -> tuple[I64, I64]:

@@ -203,8 +203,10 @@ class _Chunk:
         if index is not None:
             hits = index.probe(*words)
             owner = np.repeat(np.arange(len(self.items)), [len(item.texts) for item in self.items])[hits.texts]
-            in_train = np.array([item.split == TRAIN for item in self.items], np.bool_)[owner]
-            found |= {"hit_item": owner[in_train], "hit_text": hits.texts[in_train], "hit_gram": hits.grams[in_train]}
+            # Of pairs, validation is held clean too; not what a source's `split` holds out: it may be the very set.
+            drawn = pairs and self.reader.config.sources[self.piece.source].split is None
+            looked = np.array([drawn or item.split == TRAIN for item in self.items], np.bool_)[owner]
+            found |= {"hit_item": owner[looked], "hit_text": hits.texts[looked], "hit_gram": hits.grams[looked]}
         return found
 
 

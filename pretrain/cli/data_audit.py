@@ -79,6 +79,8 @@ def _print(found: Audit, train: Side, evaluation: Side, seconds: float) -> None:
                f"touched: {found.suspicious:,}; {found.mean_coverage:.3%} of all {found.level}s are covered")
     typer.echo(f"boilerplate: {found.boilerplate_ngrams:,} n-grams do not count, {found.boilerplate_items:,} texts "
                "hold nothing else")
+    if found.whole:
+        typer.echo(f"contaminated all the same: {found.whole:,} texts of boilerplate that stand whole in training")
     for finding in found.worst:
         overlap = finding.overlap
         typer.echo(f"--- {overlap.coverage:.1%} covered, {overlap.run:,} {found.level}s in a row: "

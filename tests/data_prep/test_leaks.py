@@ -4,12 +4,14 @@ import json
 import random
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from data_prep.audit import Side, audit
 from data_prep.manifest import Manifest
+from data_prep.pairs import stored_pairs
 from data_prep.pipeline import prepare
 from data_prep.stats import stored_documents
 from pretrain.cli.main import main
@@ -111,7 +113,41 @@ def test_boilerplate_is_told_apart(make_config, tmp_path):
     sides = Side(tmp_path / "d", "train"), Side(tmp_path / "d", "val")
     found = audit(*sides)
     assert (found.contaminated, found.suspicious, found.boilerplate_ngrams, found.boilerplate_items) == (0, 0, 28, 1)
-    assert audit(*sides, boilerplate=12).contaminated == 1
+    assert (found.whole, audit(*sides, boilerplate=12).contaminated) == (0, 1)
+
+
+def test_a_text_that_stands_whole_in_many_documents_fails_the_audit(make_config, tmp_path, run):
+    """All its n-grams are boilerplate. A header that another text shares with the same documents still is that."""
+    draw = random.Random(6)
+    copied, header = " ".join(noise(draw, 40)), " ".join(noise(draw, 30))
+    train = [f"{copied} {' '.join(noise(draw, 9))} {header} {' '.join(noise(draw, 9))}" for _ in range(11)]
+    held_out = [copied, f"{header} {' '.join(noise(draw, 8))}", " ".join(noise(draw, 50))]
+    sources = [write_lines(tmp_path / "t.jsonl", train), write_lines(tmp_path / "v.jsonl", held_out) | {"split": "val"}]
+    out = prepare(make_config(tmp_path / "d", sources=sources, splits={"val": 0}, block_tokens=4096)).folder
+    for level in ("word", "token"):
+        code, text, _ = run("data", "audit", out, out, "--json", "--workers", "1", "--level", level)
+        stated = json.loads(text)
+        assert code == 5
+        assert (stated["contaminated"], stated["whole"]) == (1, 1)
+        assert level == "token" or (stated["suspicious"], stated["boilerplate_items"]) == (0, 1)
+        assert stated["worst"][0]["provenance"]["line"] == 1 and stated["worst"][0]["overlap"]["coverage"] == 1
+    assert "contaminated all the same: 1 texts" in run("data", "audit", out, out, "--workers", "1")[1]
+
+
+def test_texts_of_pairs_are_audited(make_config, tmp_path, run):
+    """Each side is a text of its own; a short one that many pairs hold is no boilerplate."""
+    train = [{"query": "what is it", "positive": f"answer {i}"} for i in range(12)]
+    held_out = [{"query": "never asked", "positive": "What is it?"}, {"query": "a question", "positive": "a passage"}]
+    sources = []
+    for name, rows, split in (("v", held_out, "val"), ("t", train, "train")):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        sources.append({"kind": "pair_table", "name": name, "path": str(tmp_path / f"{name}.jsonl"), "split": split})
+    out = prepare(make_config(tmp_path / "d", sources=sources, splits={"val": 0})).folder
+    code, text, _ = run("data", "audit", out, out, "--json", "--workers", "1")
+    stated = json.loads(text)
+    assert code == 5
+    assert (stated["items"], stated["contaminated"], stated["boilerplate_ngrams"]) == (4, 1, 0)
+    assert stated["worst"][0]["provenance"]["side"] == "positive"
 
 
 def test_named_evaluation_sets_leave_the_training_data(make_config, tmp_path):
@@ -165,6 +201,36 @@ def test_any_text_of_a_pair_counts_and_headerless_sets_can_be_named(make_config,
     assert manifest.provenance["counts"]["p"] == {"kept": {"documents": 2, "bytes": 35},
                                                   "contaminated": {"documents": 2, "bytes": 55}}
     assert manifest.provenance["decontamination"]["sets"]["sts"]["items"] == 4
+
+
+def test_no_pair_of_a_drawn_split_holds_an_evaluation_sentence(make_config, tmp_path):
+    """However many pairs share it, whole as well as inside of a longer text; a long header is boilerplate."""
+    draw = random.Random(8)
+    short, long, header = "A man is playing a guitar.", " ".join(noise(draw, 20)), " ".join(noise(draw, 14))
+    (tmp_path / "sts.csv").write_text(f"{short},{long},5\n{header} {' '.join(noise(draw, 30))},nothing,1\n")
+    texts = {"short": "a man is playing a GUITAR", "long": f"so it is: {long}, or not", "header": f"{header} and more",
+             "clean": "all fine here"}
+    rows = [{"query": f"{name} {i}", "positive": text if i % 2 else "x", "neg": "y" if i % 2 else text}
+            for name, text in texts.items() for i in range(24)]
+    sources = []
+    held = [row | {"query": row["query"] + "h"} for row in rows]
+    for name, chosen, split in (("drawn", rows, None), ("held", held, "test")):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
+        sources.append({"kind": "pair_table", "name": name, "path": str(tmp_path / f"{name}.jsonl"),
+                        "negatives": ["neg"], "split": split})
+    sts = {"kind": "pair_table", "name": "sts", "path": str(tmp_path / "sts.csv"), "query": "a", "positive": "b",
+           "columns": ["a", "b", "score"]}
+    manifest = prepare(make_config(tmp_path / "d", sources=sources, splits={"val": 0.5, "test": 0},
+                                   decontaminate={"against": [sts]}))
+    kept = {split: Counter(("short", "long", "header", "clean")[(pair.provenance["line"] - 1) // 24]
+                           for pair in stored_pairs(manifest.split(split))) for split in manifest.splits}
+    assert kept["train"] + kept["val"] == {"header": 24, "clean": 24} and min(kept["val"].values()) > 5
+    assert kept["test"] == dict.fromkeys(texts, 24)  # what a source holds out may be the evaluation set itself
+    made = manifest.provenance["decontamination"]
+    assert made["sets"]["sts"] == {"items": 4, "contaminated": 2, "suspicious": 0, "unreadable": 0,
+                                   "documents_dropped": 48}
+    report = [json.loads(line) for line in (tmp_path / "d" / "contamination.jsonl").read_text().splitlines()]
+    assert {(one["coverage"], one["run"]) for one in report} == {(1.0, 6), (1.0, 20)} and len(report) == 48
 
 
 def test_an_evaluation_set_that_is_not_there_is_refused(make_config, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.ngrams import GramCounts, NgramIndex
+from data_prep.ngrams import GramCounts, NgramIndex, WholeItems
 from data_prep.words import check_hashes, excerpt, ngram_hashes, word_hashes
 
 TEXT = st.lists(st.sampled_from(["a", "b", "c", "dd", "E!", "é", "日", "\n", "x-y"]), max_size=30).map(" ".join)
@@ -62,21 +62,31 @@ def test_matches_coverage_and_boilerplate_equal_a_slow_search(items, corpus, n, 
     expected = []
     for number, text in enumerate(items):
         words = words_of(text)
-        matched = [0 < documents[gram] <= limit for gram in grams[number]]
+        matched = [documents[gram] > 0 and (documents[gram] <= limit or gram[0] == "whole") for gram in grams[number]]
         covered = {i + k for i, hit in enumerate(matched) if hit for k in range(min(n, len(words)))}
         runs = "".join("x" if hit else " " for hit in matched).split()
         if covered:
             expected.append((number, len(covered) / len(words), max(map(len, runs)) + min(n, len(words)) - 1))
     index = NgramIndex.build(n, [word_hashes(items[:2]), word_hashes(items[2:])])
-    counts = GramCounts(index)
+    counts, whole = GramCounts(index), WholeItems(index)
     draw.shuffle(corpus)
     for at in range(0, len(corpus), 3):
-        counts.add(index.probe(*word_hashes(corpus[at:at + 3])))
+        hits = index.probe(*word_hashes(corpus[at:at + 3]))
+        counts.add(hits)
+        whole.add(hits)
+    assert whole.found.tolist() == [any(stands_whole(words_of(text), words_of(other), n) for other in corpus)
+                                    for text in items]
     overlaps = index.overlaps(counts.matched(limit))
     assert [(o.item, pytest.approx(o.coverage), o.run) for o in overlaps] == expected
     for overlap in overlaps:
         words = words_of(items[overlap.item])[overlap.first:overlap.first + overlap.run]
         assert words_of(excerpt(items[overlap.item], overlap.first, overlap.run)) == words
+
+
+def stands_whole(words: list[str], other: list[str], n: int) -> bool:
+    if len(words) < n:
+        return bool(words) and words == other
+    return any(other[i:i + len(words)] == words for i in range(len(other) - len(words) + 1))
 
 
 def slow_grams(text: str, n: int) -> list[tuple[str, ...]]:
