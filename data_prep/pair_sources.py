@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sysconfig
 from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
@@ -166,24 +167,19 @@ def _beir(source: BeirSource, number: int, key: str) -> Iterator[Found]:
     """Pairs of a BEIR folder in the order of its judgements; only the texts that these name are held in memory."""
     root = Path(source.path).absolute()
     judgements = [(name, path) for name, path in pair_files(source, key) if path.suffix == ".tsv"]
-    rows: list[tuple[dict[str, Any], str, str, int]] = []
+    rows: list[tuple[Where, str, str, float]] = []
     for name, path in judgements:
-        where = {"source": source.name, "path": name}
-        with path.open(encoding="utf-8", errors="surrogateescape") as file:
-            for line, content in enumerate(file, 1):
-                fields = content.rstrip("\r\n").split("\t")
-                try:
-                    query, passage, score = fields
-                    rows.append((where | {"line": line}, query, passage, int(score)))
-                except ValueError:
-                    if line > 1 and content.strip():  # the first line is a header
-                        yield SetAside(where | {"line": line}, "bad_row", "not query-id, corpus-id, whole-number score")
+        for found in _judgements(path, {"source": source.name, "path": name}):
+            if isinstance(found, SetAside):
+                yield found
+            else:
+                rows.append(found)
     queries = yield from _texts(root / "queries.jsonl", {row[1] for row in rows}, source.name)
     corpus = yield from _texts(root / "corpus.jsonl", {row[2] for row in rows}, source.name)
     refused: dict[str, list[Passage]] = {}
     for _, query, passage, relevance in rows:
         if relevance <= 0 and passage in corpus:
-            refused.setdefault(query, []).append(Passage(corpus[passage], passage, float(relevance)))
+            refused.setdefault(query, []).append(Passage(corpus[passage], passage, relevance))
     for where, query, passage, relevance in rows:
         if query not in queries or passage not in corpus:
             unknown = query if query not in queries else passage
@@ -193,16 +189,43 @@ def _beir(source: BeirSource, number: int, key: str) -> Iterator[Found]:
                        number, where)
 
 
+def _judgements(path: Path, where: Where) -> Iterator[tuple[Where, str, str, float] | SetAside]:
+    """(provenance, id of the query, id of the passage, relevance) of each line of a file but its header."""
+    with path.open(encoding="utf-8", errors="surrogateescape") as file:
+        for line, content in enumerate(file, 1):
+            fields = content.rstrip("\r\n").split("\t")
+            try:
+                query, passage, score = fields
+                relevance = float(score)
+                if not math.isfinite(relevance):
+                    raise ValueError
+                yield where | {"line": line}, query, passage, relevance
+            except ValueError:
+                if content.strip() and not (line == 1 and _is_header(fields)):
+                    yield SetAside(where | {"line": line}, "bad_row", "not query-id, corpus-id, score")
+
+
+def _is_header(fields: list[str]) -> bool:
+    """Whether fields are three names, as query-id, corpus-id and score: none is empty or holds a digit."""
+    return len(fields) == 3 and all(name.strip() and not any(map(str.isdigit, name)) for name in fields)
+
+
 def _texts(path: Path, wanted: set[str], source: str) -> Generator[SetAside, None, dict[str, str]]:
     """id -> text (title and text of a passage) of the wanted lines, as the generator's return value."""
     found: dict[str, str] = {}
     with path.open("rb") as file:
         for line, content in enumerate(file, 1):
             where = {"source": source, "path": path.name, "line": line}
-            record = json_row(content, where) if content.strip() else {}
+            record = json_row(content, where) if content.strip() else None
             if isinstance(record, SetAside):
                 yield record
-            elif str(record.get("_id")) in wanted:
-                title, text = (record.get(name) or "" for name in ("title", "text"))
-                found[str(record["_id"])] = f"{title} {text}".strip()
+            elif record is not None:
+                number = record.get("_id")
+                parts = ["" if record.get(name) is None else record[name] for name in ("title", "text")]
+                if not isinstance(number, str | int) or isinstance(number, bool):
+                    yield SetAside(where, "bad_row", f"_id is {type(number).__name__}, neither text nor number")
+                elif str(number) in wanted and not all(isinstance(part, str) for part in parts):
+                    yield SetAside(where, "bad_row", "title or text is no text")
+                elif str(number) in wanted:
+                    found[str(number)] = " ".join(parts).strip()
     return found

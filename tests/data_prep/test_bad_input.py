@@ -146,3 +146,29 @@ def test_a_row_without_the_column_of_its_pair_is_damage(make_config, tmp_path):
     source = {"kind": "pair_table", "name": "p", "path": str(tmp_path / "p.jsonl")}
     with pytest.raises(DataCorruption, match=r'3 of 9 .*no_column.*no .*positive.*; it has query, answer'):
         prepare(make_config(tmp_path / "d", sources=[source], splits={}))
+
+
+@pytest.mark.parametrize("first", ["query-id\tcorpus-id\tscore\n", "q0\td0\tx\n", "q0\td0\n", "q0\td0\t1\n", ""])
+def test_judgements_are_numbers_texts_are_text_and_only_a_header_is_passed_over(make_config, tmp_path, first):
+    (tmp_path / "qrels").mkdir()
+    bad = [{"title": 7, "text": "t"}, {"text": ["a", "b"]}, {"text": 3}, {"text": []}, {"title": 0, "text": "t"}]
+    corpus = [{"_id": f"d{i}", "title": "T", "text": f"passage {i}"} for i in range(6)]
+    corpus += [{"_id": f"bad{i}"} | fields for i, fields in enumerate(bad)] + [{"text": "no id"}, {"_id": [1]}]
+    queries = [{"_id": i, "text": f"question {i}"} for i in range(9)]
+    for name, rows in (("corpus", corpus), ("queries", queries)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "qrels" / "train.tsv").write_text(
+        first + "0\td1\t1.0\n1\td2\t 2\n2\td3\t0.0\n3\td4\tnan\n4\td5\tinf\n5\td5\tyes\n"
+        + "".join(f"6\tbad{i}\t1\n" for i in range(len(bad))))
+    source = {"kind": "beir", "name": "b", "path": str(tmp_path)}
+    manifest = prepare(make_config(tmp_path / "d", sources=[source], splits={}, max_bad_fraction=1))
+    counts = {reason: entry["documents"] for reason, entry in manifest.provenance["counts"]["b"].items()}
+    lines = [(entry["path"], entry["line"]) for entry in
+             map(json.loads, (tmp_path / "d" / "quarantine.jsonl").read_text().splitlines())
+             if entry["reason"] == "bad_row"]
+    start = bool(first)
+    unknown = first.endswith("\t1\n")  # a judgement of a query that is not there
+    expected = [("qrels/train.tsv", 1)] * (first.startswith("q0") and not unknown)
+    expected += [("qrels/train.tsv", start + i) for i in (4, 5, 6)] + [("corpus.jsonl", i) for i in range(7, 14)]
+    assert lines == expected
+    assert counts == {"kept": 2, "bad_row": len(lines), "unknown_id": len(bad) + unknown}
