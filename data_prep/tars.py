@@ -13,6 +13,9 @@ from data_prep.rows import Where, too_large
 
 _BROKEN: tuple[type[Exception], ...] = (
     tarfile.InvalidHeaderError, tarfile.SubsequentHeaderError)  # type: ignore[attr-defined]
+_ZEROS: type[Exception] = tarfile.EOFHeaderError  # type: ignore[attr-defined]
+_END_BYTES = tarfile.RECORDSIZE + tarfile.BLOCKSIZE
+"""Zeros that end a tar: two blocks, filled up to a record. More of them before another member are a hole."""
 
 
 def tar_texts(part: FilePart, where: Where, member: str, text_field: str, limit: int,
@@ -30,7 +33,7 @@ def tar_texts(part: FilePart, where: Where, member: str, text_field: str, limit:
               _Tar.open(fileobj=(stream := _Tail(file)), mode="r|", ignore_zeros=True) as tar):
             sample = _Sample(where, member)
             for info in tar:
-                if tar.broken:
+                if tar.lost(info.offset):
                     yield _gap(tar, where, number, info.offset)
                 if info.isdir():
                     continue
@@ -99,19 +102,30 @@ class _Member(tarfile.TarInfo):
         start = tarfile.fileobj.tell()
         try:
             return super().fromtarfile(tarfile)
+        except _ZEROS:
+            tarfile.zeros = start if tarfile.zeros is None else tarfile.zeros
+            raise
         except _BROKEN:
             tarfile.broken.append(start)
             raise
 
 
 class _Tar(tarfile.TarFile):
-    """A tar that knows where `broken` headers stood since the last whole one."""
+    """A tar that knows where `broken` headers, and the first block of `zeros`, stood since the last whole one."""
 
     tarinfo = _Member
 
     def __init__(self, *args: Any, **options: Any) -> None:
         self.broken: list[int] = []
+        self.zeros: int | None = None
         super().__init__(*args, **options)
+
+    def lost(self, stop: int) -> bool:
+        """Whether what lies before the header at byte `stop` is damage; else it is forgotten."""
+        if self.broken or (self.zeros is not None and stop - self.zeros > _END_BYTES):
+            return True
+        self.zeros = None
+        return False
 
     def next(self) -> tarfile.TarInfo | None:
         """The next member with a whole header; None at the end."""
@@ -127,9 +141,10 @@ class _Tar(tarfile.TarFile):
 
 
 def _gap(tar: _Tar, where: Where, number: int, stop: int) -> tuple[Where, SetAside]:
-    """What is lost between the first broken header and byte `stop`, by the size of the samples before it."""
-    start = min(tar.broken)
+    """What is lost between the first block that is no header and byte `stop`, by the size of the samples before it."""
+    start = min(tar.broken if tar.zeros is None else [*tar.broken, tar.zeros])
     tar.broken.clear()
+    tar.zeros = None
     here = where | {"sample": number, "offset": start}
     lost = max(1, round(number * (stop - start) / start)) if start else 1
     return here, SetAside(here, "unreadable", f"no tar header at byte {start}; {stop - start} bytes are passed over",

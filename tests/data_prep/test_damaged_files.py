@@ -75,6 +75,19 @@ def test_a_stretch_of_broken_headers_counts_the_samples_of_its_size(tmp_path):
     assert texts == NAMES[:5] and gap.items >= 15
 
 
+def test_a_hole_of_zeros_in_a_tar_is_damage(tmp_path):
+    names = [f"{i:03d}.txt" for i in range(60)]
+    content = bytearray(tar_of(names))
+    content[5 * 1024:35 * 1024] = bytes(30 * 1024)  # up to a header: more than the end of a tar has
+    texts, [gap] = parts(read(tar_source(tmp_path, bytes(content))))
+    assert texts == names[:5] + names[35:]
+    assert (gap.reason, gap.items, gap.provenance["offset"]) == ("unreadable", 30, 5 * 1024)
+    content = bytearray(tar_of(names))
+    content[5 * 1024:8 * 1024 + 512] = bytes(3 * 1024 + 512)  # up to the middle of a member
+    texts, [gap] = parts(read(tar_source(tmp_path, bytes(content))))
+    assert (texts, gap.items) == (names[:5] + names[9:], 4)
+
+
 def test_tars_one_after_the_other_are_all_read(tmp_path):
     texts, aside = parts(read(tar_source(tmp_path, tar_of(NAMES[:7]) + tar_of(NAMES[7:]))))
     assert (texts, aside) == (NAMES, [])
