@@ -52,10 +52,13 @@ def _there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @contextlib.contextmanager
-def launched(body: str, nproc: int = 2, grace_s: float = 5.0) -> Iterator[subprocess.Popen[str]]:
-    """A launcher in a process of its own, once all its ranks have said that they are here."""
+def launched(body: str, nproc: int = 2, grace_s: float = 5.0,
+             hangup: signal.Handlers = signal.SIG_DFL) -> Iterator[subprocess.Popen[str]]:
+    """A launcher in a process of its own, once all its ranks have said that they are here; `hangup` is what SIGHUP
+    does when it starts."""
     command = [sys.executable, "-P", "-c", LAUNCH, json.dumps([ranks(body), nproc, grace_s])]
-    launcher = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    launcher = subprocess.Popen(command, stderr=subprocess.PIPE, text=True,
+                                preexec_fn=lambda: signal.signal(signal.SIGHUP, hangup))
     try:
         deadline = time.monotonic() + 20
         while not all(Path(f"here-{rank}").exists() for rank in range(nproc)):
@@ -149,6 +152,19 @@ def test_a_signal_reaches_every_rank_once(sent: signal.Signals, received: str) -
         launcher.send_signal(sent)
         assert launcher.wait(10) == 85
     assert [Path(f"seen-{rank}").read_text() for rank in range(2)] == [received, received]
+
+
+def test_what_nohup_started_outlives_its_terminal() -> None:
+    with launched("""
+        answer(lambda number, frame: sys.exit(85), signal.SIGTERM)
+        here()
+        time.sleep(60)
+    """, hangup=signal.SIG_IGN) as launcher:
+        launcher.send_signal(signal.SIGHUP)
+        with pytest.raises(subprocess.TimeoutExpired):
+            launcher.wait(0.5)
+        launcher.terminate()
+        assert launcher.wait(10) == 85
 
 
 def test_a_signal_that_comes_before_a_rank_can_answer_waits_for_it() -> None:
