@@ -7,7 +7,7 @@
 | qqp | question1, question2, label (is_duplicate) | only duplicates (label 1) | 200,000 |
 | msmarco | query, passages {is_selected, passage_text} | query, first selected passage of more than 20 characters, cut
   at a word's end to 200 | 100,000 |
-| wikianswers | [q1, q2] or anchor, positive | both | all |
+| wikianswers | [q1, q2] or anchor, positive | both | until 1,000,000 are accepted |
 | snli | premise, hypothesis, label (sentence1, sentence2, gold_label) | only entailment | until 100,000 are accepted |
 | msmarco_triplets | query, positive, negative | the first row of each of `queries` queries, drawn and put in order by
   keyed hash; the first `validation_queries` make split val, the others train | all |
@@ -124,7 +124,7 @@ def _snli(row: Row, legacy: bool) -> Texts | str:
 
 _RULES: dict[str, tuple[Callable[[Row, bool], Texts | str], int | None, int | None]] = {
     "allnli": (_allnli, None, None), "qqp": (_qqp, 200_000, None), "msmarco": (_msmarco, 100_000, None),
-    "wikianswers": (_wikianswers, None, None), "snli": (_snli, None, 100_000)}
+    "wikianswers": (_wikianswers, None, 1_000_000), "snli": (_snli, None, 100_000)}
 """Preset -> rule, rows read at most, pairs accepted at most."""
 
 
