@@ -77,14 +77,24 @@ def test_shares_at_the_same_time_one_of_them_killed(dataset, make_config, tmp_pa
     processes[1].join()
     again = spawn.Process(target=work, args=(config, 1, 3))
     again.start()
-    with pytest.raises(UserError, match="another process is preparing"):
-        prepare(config)
     for process in [processes[0], processes[2], again]:
         process.join()
         assert process.exitcode == 0
     prepare(config)
     assert hashes(tmp_path / "d") == hashes(dataset)
     assert [p.name for p in tmp_path.iterdir()] == ["d"]
+
+
+def test_the_whole_waits_for_shares_that_are_at_work(make_config, tmp_path):
+    config, refused = make_config(tmp_path / "d"), []
+
+    def look():
+        with pytest.raises(UserError, match="another process is preparing"):
+            prepare(config)
+        refused.append(True)
+    prepare_share(config, 0, 2, reporter=Look(look))
+    assert refused
+    prepare(config)
 
 
 def test_any_number_of_shares_may_do_the_rest(dataset, make_config, tmp_path):
