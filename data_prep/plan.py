@@ -68,9 +68,14 @@ class Listing:
         return hashlib.sha256(canonical_json(stated)).hexdigest()
 
     @property
+    def file_bytes(self) -> int:
+        """Bytes on the disk of the sources that have files."""
+        return sum(size for files in self.files for _, _, size, _ in files)
+
+    @property
     def total_bytes(self) -> int | None:
         """Bytes on the disk; None where a source has no files."""
-        return sum(size for files in self.files for _, _, size, _ in files) if all(self.files) else None
+        return self.file_bytes if all(self.files) else None
 
 
 def list_files(config: PrepConfig) -> Listing:
@@ -106,7 +111,7 @@ def folder_of(source: AnySource) -> Path | None:
 def make_plan(config: PrepConfig, listing: Listing) -> list[Piece]:
     """The pieces of all sources. Large plain files of lines are read once, to find line numbers."""
     found: list[tuple[int, tuple[FilePart | None, ...]]] = []
-    size = min(PIECE_BYTES, max(LEAST_PIECE_BYTES, sum(file[2] for files in listing.files for file in files) // PIECES))
+    piece_bytes = min(PIECE_BYTES, max(LEAST_PIECE_BYTES, listing.file_bytes // PIECES))
     for number, (source, files) in enumerate(zip(config.sources, listing.files, strict=True)):
         hub: HubDataset | None = getattr(source, "dataset", None)
         if hub is not None:
@@ -117,7 +122,8 @@ def make_plan(config: PrepConfig, listing: Listing) -> list[Piece]:
         if _depends_on_order(source):
             found.append((number, tuple(parts)))
             continue
-        found += [(number, piece) for piece in _grouped((part for whole in parts for part in _cut(whole, size)), size)]
+        cut = (part for whole in parts for part in _cut(whole, piece_bytes))
+        found += [(number, piece) for piece in _grouped(cut, piece_bytes)]
     return [Piece(i, number, parts) for i, (number, parts) in enumerate(found)]
 
 
@@ -147,7 +153,7 @@ def _grouped(parts: Iterator[FilePart], piece_bytes: int) -> Iterator[tuple[File
 
 def _cut(part: FilePart, piece_bytes: int) -> Iterator[FilePart]:
     """A file in stretches of about `piece_bytes` that can be read by themselves, or whole."""
-    if part.size <= piece_bytes or part.path.suffix not in (".jsonl", ".ndjson", ".json", ".parquet"):
+    if part.size <= piece_bytes or part.path.suffix.lower() not in (".jsonl", ".ndjson", ".json", ".parquet"):
         yield part
     elif format_of(part.path) == ".parquet":
         yield from _row_groups(part, piece_bytes)

@@ -96,8 +96,7 @@ def _size(source: SourceConfig, config: RunConfig) -> tuple[int | None, int | No
     from pretrain.config.plan import windows
     from pretrain.config.source import PairsConfig, RemoteConfig, ShardsConfig, SyntheticConfig
     if isinstance(source, SyntheticConfig):
-        samples = source.samples
-        return samples, None if samples is None else samples * config.data.seq_len
+        return source.samples, None if source.samples is None else source.samples * config.data.seq_len
     if isinstance(source, RemoteConfig):
         from pretrain.data.remote_shards import open_remote
         there = open_remote(source, config.data)
@@ -107,10 +106,13 @@ def _size(source: SourceConfig, config: RunConfig) -> tuple[int | None, int | No
     manifest = Manifest.read(Path(source.path))
     manifest.require("documents" if isinstance(source, ShardsConfig) else "pairs")
     split = manifest.split(source.split)
-    if isinstance(source, ShardsConfig) and source.packing == "best_fit":
-        return load_plan(manifest, source.split, config.data.seq_len).samples, split.tokens
-    return (windows(split.tokens, config.data.seq_len, config.data.stride) if isinstance(source, ShardsConfig)
-            else split.docs), split.tokens
+    if isinstance(source, PairsConfig):
+        samples = split.docs
+    elif source.packing == "best_fit":
+        samples = load_plan(manifest, source.split, config.data.seq_len).samples
+    else:
+        samples = windows(split.tokens, config.data.seq_len, config.data.stride)
+    return samples, split.tokens
 
 
 def _name(source: SourceConfig) -> str:
