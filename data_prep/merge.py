@@ -88,7 +88,7 @@ def _write(folder: Path, manifests: list[Manifest], recipe: dict[str, Any]) -> N
     flags = disk_array(folder / WORK, "merged", np.uint8, total)
     dropped = _copies(folder / WORK, manifests, flags)
     if first.kind == "pairs":
-        for side in ("q", "p"):
+        for side in ("q", "p") if any(map(_is_mined, manifests)) else ("q",):  # each side reads all pairs
             _mark_elsewhere(folder / WORK, manifests, flags, dropped, side)
     tally = Tally()
     records = {split: _write_split(folder, split, manifests, dropped, tally)
