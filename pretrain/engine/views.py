@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from transformers import PreTrainedModel
 
 from pretrain.config.run import RunConfig
@@ -83,6 +85,29 @@ class FamilyStartContext:
                 if self.world_size > 1 and not self._partitioned:
                     dist.broadcast(parameter.data, src=0)
             return parameter.detach().clone()
+
+    @contextmanager
+    def gathered_in_use(self) -> Iterator[None]:
+        """Within it the model can be called: partitioned weights are whole while the module that owns them runs."""
+        if not self._partitioned:
+            yield
+            return
+        from deepspeed.runtime.zero import GatheredParameters
+        open_now: list[AbstractContextManager[Any]] = []
+
+        def gather(module: nn.Module, _inputs: Any) -> None:
+            open_now.append(GatheredParameters(list(module.parameters(recurse=False))))
+            open_now[-1].__enter__()
+
+        def release(_module: nn.Module, _inputs: Any, _output: Any) -> None:
+            open_now.pop().__exit__(None, None, None)
+
+        owners = [module for module in self.model.modules() if next(module.parameters(recurse=False), None) is not None]
+        with ExitStack() as hooks:
+            for module in owners:
+                hooks.callback(module.register_forward_pre_hook(gather).remove)
+                hooks.callback(module.register_forward_hook(release, always_call=True).remove)
+            yield
 
 
 class FamilyStepContext:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -97,6 +98,12 @@ class EngineStartContext(Protocol):
 
     def full_parameter(self, name: str, write: torch.Tensor | None = None) -> torch.Tensor:
         """The whole parameter on every rank; with `write`, set it on every rank first."""
+
+    def gathered_in_use(self) -> AbstractContextManager[None]:
+        """Within it the model can be called: partitioned weights are whole while the module that owns them runs.
+
+        Each call is collective then: all ranks call the same modules in the same order.
+        """
 
 
 class StepContext(Protocol):

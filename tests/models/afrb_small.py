@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 
 from pretrain.config.run import RunConfig
@@ -109,3 +111,6 @@ class Alone:
             with torch.no_grad():
                 parameter.copy_(write)
         return parameter.detach().clone()
+
+    def gathered_in_use(self):
+        return nullcontext()

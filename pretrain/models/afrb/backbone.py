@@ -6,6 +6,7 @@ h + MLP(norm(h)) (or, as the original has it, first h + norm(h) in attention's p
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -193,7 +194,7 @@ def freeze(backbone: nn.Module) -> None:
 
 
 @torch.no_grad()
-def whole_table(table: nn.Module, size: int, device: torch.device, chunk: int = 8192) -> Tensor:
-    """[V, D] fp32 of an embedding or an output table, looked up by calling it."""
-    ids = torch.arange(size, device=device)
-    return torch.cat([table(part).float() for part in ids.split(chunk)])
+def table_rows(table: nn.Module, size: int, device: torch.device, block: int = 8192) -> Iterator[Tensor]:
+    """[V, D] fp32 of an embedding or an output table, block by block of rows, looked up by calling it."""
+    for ids in torch.arange(size, device=device).split(block):
+        yield table(ids).float()

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import math
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from pretrain.data.batch import Batch
-from pretrain.models.afrb.backbone import whole_table
+from pretrain.models.afrb.backbone import table_rows
 from pretrain.models.afrb.memory import Whitening
 from pretrain.models.afrb.model import AFRBForCausalLM
 from pretrain.models.afrb.ridge import RidgeFit, fit_ridge
@@ -42,6 +44,9 @@ class Start(Protocol):
     def full_parameter(self, name: str, write: Tensor | None = None) -> Tensor:
         """The whole parameter on every rank; set first where a value is given."""
 
+    def gathered_in_use(self) -> AbstractContextManager[None]:
+        """Within it the model can be called."""
+
 
 @torch.no_grad()
 def whiten_tables(model: AFRBForCausalLM) -> None:
@@ -55,10 +60,11 @@ def whiten_tables(model: AFRBForCausalLM) -> None:
     device = memory.inverse_norms.device
     for whitening, table in ((memory.input_rows, model.get_input_embeddings()),
                              (memory.output_rows, model.get_output_embeddings())):
-        whitening.fit(whole_table(table, model.schema.vocab_size, device))
+        whitening.fit(partial(table_rows, table, model.schema.vocab_size, device))
     if model.schema.pvm_row_norm:
-        rows = memory.output_rows(whole_table(model.get_output_embeddings(), model.schema.vocab_size, device))
-        memory.inverse_norms.copy_(1 / rows.norm(dim=-1).clamp(min=1e-6))
+        blocks = table_rows(model.get_output_embeddings(), model.schema.vocab_size, device)
+        norms = torch.cat([memory.output_rows(rows).norm(dim=-1) for rows in blocks])
+        memory.inverse_norms.copy_(1 / norms.clamp(min=1e-6))
 
 
 @torch.no_grad()
@@ -142,7 +148,7 @@ def _dual(model: AFRBForCausalLM, device: torch.device) -> Whitening | None:
     if model.schema.kiss_ridge_target == "rows":
         return None
     whitening = Whitening(model.schema.hidden_size).to(device)
-    whitening.fit(whole_table(model.get_output_embeddings(), model.schema.vocab_size, device))
+    whitening.fit(partial(table_rows, model.get_output_embeddings(), model.schema.vocab_size, device))
     return whitening
 
 

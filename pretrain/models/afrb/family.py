@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -78,7 +76,7 @@ class AFRBHooks(Hooks):
         was_training = model.training
         model.eval()
         fit = None
-        with _whole(model):
+        with ctx.gathered_in_use():
             whiten_tables(model)
             if model.memory is not None and self.cfg.pvm_scale is None and self.fresh:
                 _log.info("pvm: logits start at scale %.3g", set_scale(model, ctx))
@@ -108,16 +106,6 @@ class AFRBHooks(Hooks):
 
 def _ramp(step: int, length: int) -> float:
     return min(1.0, max(0.0, step / length)) if length else float(step >= 0)
-
-
-def _whole(model: PreTrainedModel) -> AbstractContextManager[Any]:
-    """Weights that were partitioned while they were built, gathered."""
-    parameters = [p for p in model.parameters() if hasattr(p, "ds_id")]
-    if not parameters:
-        return nullcontext()
-    from deepspeed.runtime.zero import GatheredParameters
-    context: AbstractContextManager[Any] = GatheredParameters(parameters)
-    return context
 
 
 def diagnostics(model: PreTrainedModel, metrics: Mapping[str, float]) -> list[Diagnosis]:

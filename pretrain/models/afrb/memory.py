@@ -13,7 +13,7 @@ backbone's, frozen, so they are whitened once (`whiten_tables`). Decoding keeps 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -86,12 +86,19 @@ class Whitening(nn.Module):
         return vectors @ self.root.to(vectors.dtype)
 
     @torch.no_grad()
-    def fit(self, table: Tensor) -> None:
-        """Take mean and covariance of a table [V, D]."""
-        table = table.to("cpu" if table.device.type == "mps" else table.device, torch.float64)
-        mean = table.mean(0)
-        centred = table - mean
-        covariance = centred.T @ centred / len(table)
+    def fit(self, blocks: Callable[[], Iterable[Tensor]]) -> None:
+        """Take mean and covariance of a table [V, D], given in blocks of rows, which are asked for twice."""
+        device = torch.device("cpu") if self.mean.device.type == "mps" else self.mean.device
+        width, count = len(self.mean), 0
+        mean = torch.zeros(width, dtype=torch.float64, device=device)
+        for rows in blocks():
+            mean += rows.to(device, torch.float64).sum(0)
+            count += len(rows)
+        mean /= count
+        covariance = torch.zeros(width, width, dtype=torch.float64, device=device)
+        for rows in blocks():
+            centred = rows.to(device, torch.float64) - mean
+            covariance += centred.T @ centred / count
         values, vectors = torch.linalg.eigh(covariance)
         values = values.clamp(min=0) + _RIDGE * values.clamp(min=0).mean()
         self.mean.copy_(mean)
