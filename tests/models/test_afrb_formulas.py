@@ -143,6 +143,8 @@ MEMORIES = {
     "decay, log clock": {"pvm_beta": 0.9, "pvm_phase_clock": "log", "pvm_omega_mode": "scalar", **MATRIX},
     "delta": {"pvm_rule": "delta", "pvm_delta_rate": 0.4, "pvm_address_decay": 0.7, **MATRIX},
     "content": {"pvm_phase_clock": "content", "pvm_content_frequencies": 12, **MATRIX},
+    "gated": {"pvm_write_gate": True, "pvm_gate_taps": 5, **MATRIX},
+    "gated delta": {"pvm_rule": "delta", "pvm_write_gate": True, "pvm_gate_taps": 5, **MATRIX},
     "stepped": {"pvm_read": "step", "pvm_address_taps": 5, "pvm_query_taps": 2, **MATRIX},
 }
 
@@ -157,6 +159,12 @@ def address_by_hand(cfg, embedded, t, taps, turns):
         z = torch.complex(embedded[t - back, :half], embedded[t - back, half:]) * torch.exp(1j * angle)
         total = total + cfg.pvm_address_decay ** back * torch.cat([z.real, z.imag])
     return F.normalize(total, dim=0)
+
+
+def gate_by_hand(gate, u, t):
+    """How much of token t is written."""
+    mixed = sum(gate.conv[back] * u[t - back] for back in range(min(gate.taps, t + 1)))
+    return torch.sigmoid(gate.weight @ F.gelu(mixed) + gate.bias())
 
 
 @pytest.mark.parametrize("mode", MEMORIES)
@@ -183,6 +191,8 @@ def test_matrix_memory(mode):
                 written_at = features(address_by_hand(cfg, embedded, t - 1, cfg.pvm_address_taps, memory.turn))
                 if cfg.pvm_rule == "delta":
                     value = cfg.pvm_delta_rate * (value - state.T @ written_at)
+                if memory.gate is not None:
+                    value = value * gate_by_hand(memory.gate, u, t)
                 state = state + torch.outer(written_at, value)
             asked = address_by_hand(cfg, embedded, t, cfg.query_taps, memory.turn)
             if cfg.pvm_read == "step":

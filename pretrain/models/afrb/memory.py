@@ -181,14 +181,16 @@ class MatrixMemory(nn.Module):
             address, asked = self._addresses(embedded, tokens, None if state is None else state.embedded)
             features = self._features(address)
             keys = self._keys(features, tokens, state)
-            values = self._values(u, output_rows, tokens, state)
+            values, share = self._values(output_rows), self._share(u, tokens, state)
             batch, length = values.shape[:2]
             fades = fading(batch, length, self.cfg.pvm_beta, resets=tokens.resets, mask=tokens.real,
                            device=values.device)
             first = None if state is None else state.matrix
             if self.cfg.pvm_rule == "delta":
-                rate = self.cfg.pvm_delta_rate if tokens.real is None else self.cfg.pvm_delta_rate * tokens.real
+                rate = self.cfg.pvm_delta_rate * (1.0 if share is None else share[..., 0])
                 values = delta_corrections(keys, values, rate, fades, first)
+            elif share is not None:
+                values = values * share
             head = self._read_head(asked, tokens, rows, state, controls.get("phase_freeze", 0.0))
             queries = self._features(head.address)
             if rows is None:
@@ -237,13 +239,20 @@ class MatrixMemory(nn.Module):
         keys = torch.cat([first, features[:, :-1]], 1)
         return keys if tokens.resets is None else keys.masked_fill(tokens.resets[..., None], 0)
 
-    def _values(self, u: Tensor, output_rows: Tensor, tokens: Tokens, state: MatrixState | None) -> Tensor:
-        """What is written of each token [B, T, dv]; 0 at padding."""
+    def _values(self, output_rows: Tensor) -> Tensor:
+        """What stands for each token in the memory [B, T, dv]."""
         rows = self.output_rows(output_rows)
-        values = (self._unit(rows) if self.cfg.pvm_row_norm else rows) @ self.value.to(rows.dtype).T
-        if self.gate is not None:
-            values = values * self.gate(u, tokens, None if state is None else state.gate_inputs)
-        return values if tokens.real is None else values.masked_fill(~tokens.real[..., None], 0)
+        return (self._unit(rows) if self.cfg.pvm_row_norm else rows) @ self.value.to(rows.dtype).T
+
+    def _share(self, u: Tensor, tokens: Tokens, state: MatrixState | None) -> Tensor | None:
+        """How much of each token is written [B, T, 1], 0 at padding; None: all of every one.
+
+        The delta rule takes it as a rate: of what is missing. A token that is not written then erases nothing.
+        """
+        if self.gate is None:
+            return None if tokens.real is None else tokens.real[..., None].to(u.dtype)
+        gate = self.gate(u, tokens, None if state is None else state.gate_inputs)
+        return gate if tokens.real is None else gate.masked_fill(~tokens.real[..., None], 0)
 
     def _read_head(self, asked: Tensor, tokens: Tokens, rows: Tensor | None, state: MatrixState | None,
                    frozen: float) -> ReadHead:
