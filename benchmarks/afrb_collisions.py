@@ -100,7 +100,8 @@ def measure(haystack: list[str], length: int, width: int) -> dict[str, Any]:
         for rate in RATES:
             for kept, new in zip(results[rate], reads(asked, rows, keys, ids, wanted, rate), strict=True):
                 kept.append(new)
-    found: dict[str, Any] = contexts(everything["input_ids"][:, :length].numpy()) | {"directions": float(np.mean(spread))}
+    found: dict[str, Any] = {**contexts(everything["input_ids"][:, :length].numpy()),
+                             "directions": float(np.mean(spread))}
     for rate, (own, others) in results.items():
         mine, other = torch.cat(own), torch.cat(others)
         name = "added" if rate is None else f"delta {rate:g}"
@@ -113,12 +114,13 @@ def measure(haystack: list[str], length: int, width: int) -> dict[str, Any]:
 def main() -> None:
     torch.set_num_threads(1)
     results: dict[str, Any] = {}
-    for name, haystack in HAYSTACKS.items():
+    for kind, haystack in HAYSTACKS.items():
         for length in LENGTHS:
             for width in WIDTHS:
-                key = f"{name}, {length} tokens, addresses of {width}"
+                key = f"{kind}, {length} tokens, addresses of {width}"
                 results[key] = found = measure(haystack, length, width)
-                rates = {rate: round(row["right_is_largest"], 4) for rate, row in found.items() if isinstance(row, dict)}
+                rates = {name: round(row["right_is_largest"], 4) for name, row in found.items()
+                         if isinstance(row, dict)}
                 print(f"{key}: {found['contexts_met_first']:.0%} of contexts are new, {found['directions']:.0f} "
                       f"directions; right is largest {rates}", flush=True)
     write_results("afrb_collisions", results)

@@ -144,7 +144,8 @@ MEMORIES = {
     "delta": {"pvm_rule": "delta", "pvm_delta_rate": 0.4, "pvm_address_decay": 0.7, **MATRIX},
     "content": {"pvm_phase_clock": "content", "pvm_content_frequencies": 12, **MATRIX},
     "gated": {"pvm_write_gate": True, "pvm_gate_taps": 5, **MATRIX},
-    "gated delta": {"pvm_rule": "delta", "pvm_write_gate": True, "pvm_gate_taps": 5, **MATRIX},
+    "gated delta": {"pvm_rule": "delta", "pvm_write_gate": True, "pvm_gate_taps": 5, "pvm_gate_marks": 6,
+                    **MATRIX},
     "stepped": {"pvm_read": "step", "pvm_address_taps": 5, "pvm_query_taps": 2, **MATRIX},
 }
 
@@ -163,6 +164,8 @@ def address_by_hand(cfg, embedded, t, taps, turns):
 
 def gate_by_hand(gate, u, t):
     """How much of token t is written."""
+    if gate.marks is not None:
+        u = F.gelu(u @ gate.marks.T)
     mixed = sum(gate.conv[back] * u[t - back] for back in range(min(gate.taps, t + 1)))
     return torch.sigmoid(gate.weight @ F.gelu(mixed) + gate.bias())
 

@@ -45,6 +45,7 @@ def test_counts_of_any_options(backbone, blocks, mixer, phase, memory, disable, 
                                length):
     options = {"n_afrb": blocks, "mixer": mixer, "phase_mode": phase, "disable_attn": disable is not None,
                "disable_attn_mode": disable or "zero", "pvm_write_gate": gate, "readout_mode": mode,
+               "pvm_gate_marks": 3 * (dk % 3),
                "needle_query_mode": query}
     if memory == "matrix":
         options |= {"enable_pvm": True, "pvm_memory": memory, "pvm_dk": 2 * dk, "pvm_dv": 5, "pvm_phase_clock": clock,

@@ -31,8 +31,14 @@ def _block_parameters(cfg: AFRBConfig) -> int:
     return 5 * d + mixer + phase + memory + int(cfg.adaptive_omega)
 
 
+def _gate_channels(cfg: AFRBConfig) -> int:
+    return cfg.pvm_gate_marks or cfg.hidden_size
+
+
 def _gate_parameters(cfg: AFRBConfig) -> int:
-    return (cfg.pvm_gate_taps + 1) * cfg.hidden_size + 1 if cfg.pvm_write_gate else 0
+    if not cfg.pvm_write_gate:
+        return 0
+    return (cfg.pvm_gate_taps + 1) * _gate_channels(cfg) + cfg.pvm_gate_marks * cfg.hidden_size + 1
 
 
 def _readout_parameters(cfg: AFRBConfig) -> int:
@@ -56,7 +62,7 @@ def key_width(cfg: AFRBConfig) -> int:
 def adapter_flops(cfg: AFRBConfig, seq_len: int) -> float:
     """Matrix products a token of one forward with a readout at every token of a sequence of `seq_len`."""
     d = cfg.hidden_size
-    gate = 2 * d if cfg.pvm_write_gate else 0
+    gate = 2 * _gate_channels(cfg) + 2 * d * cfg.pvm_gate_marks if cfg.pvm_write_gate else 0
     block = (4 * d * d if cfg.mixer == "glu" else 0) + (4 * d if cfg.phase_mode == "embed" else 0)
     total = float(cfg.n_afrb * (block + (gate if cfg.vector_pvm else 0)))
     if cfg.readout_from != "pvm":
@@ -129,7 +135,14 @@ def _block_bytes(cfg: AFRBConfig, e: int) -> float:
     d = cfg.hidden_size
     total = e * d * (7 if cfg.mixer == "glu" else 5)
     total += _FP32 * d * {"rotate": 3, "embed": 1, "none": 0}[cfg.phase_mode]
-    return total + (_FP32 * d * (9 if cfg.pvm_write_gate else 5) if cfg.vector_pvm else 0)
+    return total + (_FP32 * (5 * d + _gate_kept(cfg)) if cfg.vector_pvm else 0)
+
+
+def _gate_kept(cfg: AFRBConfig) -> int:
+    """Numbers that a write gate keeps a token: of its convolution, and of its own features where it has any."""
+    if not cfg.pvm_write_gate:
+        return 0
+    return 4 * _gate_channels(cfg) + (cfg.hidden_size if cfg.pvm_gate_marks else 0)
 
 
 def _memory_bytes(cfg: AFRBConfig, seq_len: int, scored: int, e: int) -> float:
@@ -139,7 +152,7 @@ def _memory_bytes(cfg: AFRBConfig, seq_len: int, scored: int, e: int) -> float:
     d, n, rows = cfg.hidden_size, cfg.n_afrb, scored / seq_len
     if cfg.matrix:
         keys = (3.8 if cfg.pvm_phase_clock == "content" else 2.8) * key_width(cfg)
-        gate = 4 * d if cfg.pvm_write_gate else 0
+        gate = _gate_kept(cfg)
         delta = 4 * cfg.pvm_dv + CHUNK if cfg.pvm_rule == "delta" else 0
         scores = 2 * CHUNK if rows == 1 else 3 * seq_len  # single rows are not read chunk by chunk
         return _FP32 * (2 * d + gate + cfg.pvm_dk + keys + cfg.pvm_dv + delta

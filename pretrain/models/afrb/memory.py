@@ -41,7 +41,7 @@ class MatrixState(NamedTuple):
     written_at: Tensor
     """[B, K]: address of the last token, at which the next one is written."""
     gate_inputs: Tensor | None
-    """[B, k-1, D]: what the write gate saw last."""
+    """[B, k-1, C]: what the write gate saw last."""
     anchor: Tensor | None
     """[B, dk]: where the stepped read head started."""
     steps: Tensor | None
@@ -138,7 +138,7 @@ class MatrixMemory(nn.Module):
         learned = cfg.pvm_phase_clock == "learned"
         self.taps = nn.Parameter(torch.empty(cfg.pvm_address_taps, dk)) if learned else None
         self.log_scale = Scalar(math.log(cfg.pvm_scale or 1.0))
-        self.gate = WriteGate(width, cfg.pvm_gate_taps, cfg.pvm_write_gate_init) if cfg.pvm_write_gate else None
+        self.gate = WriteGate.of(cfg, width)
         content = cfg.pvm_phase_clock == "content"
         self.phases = ContentPhases(dk, cfg.pvm_content_frequencies, cfg.pvm_content_sigma) if content else None
         self.register_buffer("turn", frequencies(cfg.pvm_omega_mode, dk, cfg.omega))
@@ -181,7 +181,8 @@ class MatrixMemory(nn.Module):
             address, asked = self._addresses(embedded, tokens, None if state is None else state.embedded)
             features = self._features(address)
             keys = self._keys(features, tokens, state)
-            values, share = self._values(output_rows), self._share(u, tokens, state)
+            seen = None if self.gate is None else self.gate.channels(u)
+            values, share = self._values(output_rows), self._share(seen, tokens, state, u.dtype)
             batch, length = values.shape[:2]
             fades = fading(batch, length, self.cfg.pvm_beta, resets=tokens.resets, mask=tokens.real,
                            device=values.device)
@@ -200,7 +201,7 @@ class MatrixMemory(nn.Module):
                 matrix = final_state(keys, values, fades, first) if keep_state else None
             after = None
             if keep_state and matrix is not None:
-                after = self._after(matrix, embedded, features, u, head, state)
+                after = self._after(matrix, embedded, features, seen, head, state)
             return self._say(reads, controls, after)
 
     def _unit(self, rows: Tensor) -> Tensor:
@@ -244,15 +245,16 @@ class MatrixMemory(nn.Module):
         rows = self.output_rows(output_rows)
         return (self._unit(rows) if self.cfg.pvm_row_norm else rows) @ self.value.to(rows.dtype).T
 
-    def _share(self, u: Tensor, tokens: Tokens, state: MatrixState | None) -> Tensor | None:
+    def _share(self, seen: Tensor | None, tokens: Tokens, state: MatrixState | None, dtype: torch.dtype
+               ) -> Tensor | None:
         """How much of each token is written [B, T, 1], 0 at padding; None: all of every one.
 
         The delta rule takes it as a rate: of what is missing. A token that is not written then erases nothing.
         """
         if self.gate is None:
-            return None if tokens.real is None else tokens.real[..., None].to(u.dtype)
-        gate = self.gate(u, tokens, None if state is None else state.gate_inputs)
-        return gate if tokens.real is None else gate.masked_fill(~tokens.real[..., None], 0)
+            return None if tokens.real is None else tokens.real[..., None].to(dtype)
+        share = self.gate(seen, tokens, None if state is None else state.gate_inputs)
+        return share if tokens.real is None else share.masked_fill(~tokens.real[..., None], 0)
 
     def _read_head(self, asked: Tensor, tokens: Tokens, rows: Tensor | None, state: MatrixState | None,
                    frozen: float) -> ReadHead:
@@ -288,13 +290,13 @@ class MatrixMemory(nn.Module):
         scale = self.log_scale().exp().to(features.dtype)
         return MatrixOutput(whitened, scale * self.output_rows.back(whitened), features, state)
 
-    def _after(self, matrix: Tensor, embedded: Tensor, features: Tensor, u: Tensor, head: ReadHead,
+    def _after(self, matrix: Tensor, embedded: Tensor, features: Tensor, seen: Tensor | None, head: ReadHead,
                state: MatrixState | None) -> MatrixState:
         cfg = self.cfg
         past = None if state is None else state.embedded
         gate_inputs = None
-        if self.gate is not None:
-            gate_inputs = last_inputs(u, None if state is None else state.gate_inputs, cfg.pvm_gate_taps - 1)
+        if seen is not None:
+            gate_inputs = last_inputs(seen, None if state is None else state.gate_inputs, cfg.pvm_gate_taps - 1)
         return MatrixState(matrix, last_inputs(embedded, past, cfg.pvm_address_taps - 1), features[:, -1], gate_inputs,
                            head.anchor, head.steps)
 

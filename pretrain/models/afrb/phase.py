@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pretrain.models.afrb.schema import Clock, Ladder
+from pretrain.models.afrb.schema import AFRBConfig, Clock, Ladder
 from pretrain.ops.associative_memory import wide
 from pretrain.ops.documents import document_layout
 from pretrain.ops.phase import causal_taps
@@ -124,21 +124,40 @@ def masked(parameter: Tensor, trained: float) -> Tensor:
 
 
 class WriteGate(nn.Module):
-    """g_t = sigmoid(w . GELU(causal convolution of each channel) + b): how much of each token is written."""
+    """g_t = sigmoid(w . GELU(causal convolution of each channel) + b): how much of each token is written.
 
-    def __init__(self, width: int, taps: int, start: float) -> None:
+    The channels are the inputs' own, or `marks` learned features of each token, GELU(M x_t): a reserved token then
+    stands out before the tokens around it are added to it.
+    """
+
+    def __init__(self, width: int, taps: int, start: float, marks: int = 0) -> None:
         super().__init__()
         self.width, self.taps = width, taps
-        self.conv = nn.Parameter(torch.empty(taps, width))
-        self.weight = nn.Parameter(torch.empty(width))
+        self.marks = nn.Parameter(torch.empty(marks, width)) if marks else None
+        self.conv = nn.Parameter(torch.empty(taps, marks or width))
+        self.weight = nn.Parameter(torch.empty(marks or width))
         self.bias = Scalar(start)
+
+    @classmethod
+    def of(cls, cfg: AFRBConfig, width: int) -> WriteGate | None:
+        """The gate of a memory that is written at rows of this width; None where there is none."""
+        if not cfg.pvm_write_gate:
+            return None
+        return cls(width, cfg.pvm_gate_taps, cfg.pvm_write_gate_init, cfg.pvm_gate_marks)
 
     def reset_parameters(self) -> None:
         """Fresh weights."""
+        if self.marks is not None:
+            nn.init.normal_(self.marks, std=self.width ** -0.5)
         nn.init.normal_(self.conv, std=self.taps ** -0.5)
-        nn.init.normal_(self.weight, std=self.width ** -0.5)
+        nn.init.normal_(self.weight, std=len(self.weight) ** -0.5)
 
-    def forward(self, x: Tensor, tokens: Tokens, before: Tensor | None) -> Tensor:
-        """[B, T, 1] of x [B, T, D]; `before` [B, k-1, D] are the inputs of the tokens before."""
-        mixed = causal_taps(x, self.conv.to(x.dtype), before=before, reach=tokens.reach)
-        return torch.sigmoid(nn.functional.gelu(mixed) @ self.weight.to(x.dtype)[:, None] + self.bias().to(x.dtype))
+    def channels(self, x: Tensor) -> Tensor:
+        """[B, T, C] of x [B, T, D]: what the convolution runs over, and what a state keeps of the last tokens."""
+        return x if self.marks is None else nn.functional.gelu(x @ self.marks.to(x.dtype).T)
+
+    def forward(self, channels: Tensor, tokens: Tokens, before: Tensor | None) -> Tensor:
+        """[B, T, 1] of channels [B, T, C]; `before` [B, k-1, C] are those of the tokens before."""
+        mixed = causal_taps(channels, self.conv.to(channels.dtype), before=before, reach=tokens.reach)
+        logits = nn.functional.gelu(mixed) @ self.weight.to(channels.dtype)[:, None]
+        return torch.sigmoid(logits + self.bias().to(channels.dtype))

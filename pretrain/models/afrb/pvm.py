@@ -39,7 +39,7 @@ class VectorMemory(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.scale_in = Scalar(1.0)
-        self.gate = WriteGate(width, cfg.pvm_gate_taps, cfg.pvm_write_gate_init) if cfg.pvm_write_gate else None
+        self.gate = WriteGate.of(cfg, width)
         own = cfg.pvm_omega_mode != "scalar" or cfg.pvm_phase_clock != "log"
         self.register_buffer("turn", frequencies(cfg.pvm_omega_mode, width, cfg.omega) if own else None)
 
@@ -58,7 +58,8 @@ class VectorMemory(nn.Module):
             angles = time * self.turn.to(time.dtype)
         v = values.float()
         before = None if state is None else state.gate_inputs
-        gated = v if self.gate is None else v * self.gate(v, tokens, before)
+        seen = None if self.gate is None else self.gate.channels(v)
+        gated = v if self.gate is None else v * self.gate(seen, tokens, before)
         turned = rotate(gated, angles) if self.cfg.pvm_order == "rotate_then_accumulate" else gated
         written = self.cfg.pvm_alpha * self.scale_in() * turned
         decay = self._decay(tokens.positions).expand(v.shape[:2])
@@ -66,7 +67,7 @@ class VectorMemory(nn.Module):
                                  mask=tokens.real)
         late = self.cfg.pvm_order == "accumulate_then_rotate"
         trace = Trace(rotate(sums.states, angles) if late else sums.states, angles)
-        inputs = None if self.gate is None else last_inputs(v, before, self.cfg.pvm_gate_taps - 1)
+        inputs = None if seen is None else last_inputs(seen, before, self.cfg.pvm_gate_taps - 1)
         return trace, VectorState(sums.final, inputs)
 
     def _decay(self, positions: Tensor) -> Tensor:

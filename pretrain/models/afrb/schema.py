@@ -84,6 +84,9 @@ class AFRBConfig(ModelConfig):
     pvm_write_gate: bool = Field(False, description="learned gate of writes, from a causal convolution")
     pvm_gate_taps: int = Field(4, ge=1, le=64, description="tokens the write gate sees; default 4 (vector) or 24 "
                                "(matrix)")
+    pvm_gate_marks: int = Field(0, ge=0, le=4096, description="learned features of each token that the gate's "
+                                "convolution runs over, so that a reserved token stands out by itself; 0: the token's "
+                                "own channels")
     pvm_write_gate_init: float = Field(-2.0, ge=-20, le=20, description="initial logit of the write gate")
     pvm_dk: int = Field(256, ge=2, le=65536, description="matrix: width of addresses")
     pvm_dv: int = Field(128, ge=1, le=65536, description="matrix, content: width of values")
