@@ -6,8 +6,11 @@ e^{i angle}, an odd last channel stays. Rotation keeps norms, and rotating by -a
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
@@ -49,19 +52,79 @@ def last_inputs(x: Tensor, before: Tensor | None, count: int) -> Tensor:
 
 def phase_taps(x: Tensor, angles: Tensor, weights: Tensor, *, before: Tensor | None = None,
                reach: Tensor | None = None) -> Tensor:
-    """y_t = sum over l < k of weights_l R(angles_l) x_{t-l}.
+    """y_t = sum over l < k of weights_l R(angles_l) x_{t-l}; gradients go to x and `before` alone.
 
     Args:
         x, before, reach: as in `causal_taps`.
         angles: [k, ...], each broadcasts to [B, T, H].
         weights: [k].
     """
-    shaped = weights.to(x.dtype).view(-1, *[1] * (angles.ndim - 1))
-    main, cross = _main(shaped * angles.cos().to(x.dtype), x), _cross(shaped * angles.sin().to(x.dtype), x)
-    if x.shape[-1] % 2:
-        main = torch.cat([main[..., :-1], shaped.expand(*main.shape[:-1], 1)], -1)
-    past = None if before is None else half_swap(before)
-    return causal_taps(x, main, before=before, reach=reach) + causal_taps(half_swap(x), cross, before=past, reach=reach)
+    weights = weights.to(x.dtype)
+    shaped = weights.view(-1, *[1] * (angles.ndim - 1))
+    cos, sin = shaped * angles.cos().to(x.dtype), shaped * angles.sin().to(x.dtype)
+    offset = 0 if before is None else len(weights) - 1
+    padded = x if before is None else torch.cat([before.to(x.dtype), x], 1)
+    found: Tensor = _PhaseTaps.apply(padded, cos, sin, weights, reach, offset)
+    return found
+
+
+class _PhaseTaps(torch.autograd.Function):
+    """The sum tap by tap, in place. It is linear, so the backward pass keeps the small factors and nothing else."""
+
+    @staticmethod
+    def forward(ctx: Any, padded: Tensor, cos: Tensor, sin: Tensor, weights: Tensor, reach: Tensor | None, offset: int
+                ) -> Tensor:
+        ctx.save_for_backward(cos, sin, weights, reach)
+        ctx.offset = offset
+        y = padded.new_zeros(padded.shape[0], padded.shape[1] - offset, padded.shape[2])
+        for back in range(len(weights)):
+            to, at = _rows(y, padded, back, offset)
+            source = at if reach is None else at * _reached(reach, back, offset).to(at.dtype)
+            (c, s), (a, b, tail) = _factors(cos, sin, back, offset), _halves(source)
+            into_a, into_b, into_tail = _halves(to)
+            into_a.addcmul_(c, a).addcmul_(s, b, value=-1)
+            into_b.addcmul_(s, a).addcmul_(c, b)
+            into_tail.addcmul_(weights[back], tail)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin, weights, reach = ctx.saved_tensors
+        found = grad.new_zeros(grad.shape[0], grad.shape[1] + ctx.offset, grad.shape[2])
+        for back in range(len(weights)):
+            at, to = _rows(grad, found, back, ctx.offset)
+            source = at if reach is None else at * _reached(reach, back, ctx.offset).to(at.dtype)
+            (c, s), (a, b, tail) = _factors(cos, sin, back, ctx.offset), _halves(source)
+            into_a, into_b, into_tail = _halves(to)
+            into_a.addcmul_(c, a).addcmul_(s, b)
+            into_b.addcmul_(s, a, value=-1).addcmul_(c, b)
+            into_tail.addcmul_(weights[back], tail)
+        return found, None, None, None, None, None
+
+
+def _rows(y: Tensor, padded: Tensor, back: int, offset: int) -> tuple[Tensor, Tensor]:
+    """(outputs that have an input `back` tokens earlier, those inputs)."""
+    first = max(0, back - offset)
+    return y[:, first:], padded[:, first + offset - back:padded.shape[1] - back]
+
+
+def _reached(reach: Tensor, back: int, offset: int) -> Tensor:
+    """[B, T', 1]: which of these outputs may look so far back."""
+    return (reach[:, max(0, back - offset):] >= back)[..., None]
+
+
+def _factors(cos: Tensor, sin: Tensor, back: int, offset: int) -> tuple[Tensor, Tensor]:
+    """A tap's factors for these outputs, which broadcast to [B, T', H]."""
+    first = max(0, back - offset)
+    c, s = cos[back], sin[back]
+    return (c[..., first:, :], s[..., first:, :]) if c.ndim > 1 and c.shape[-2] > 1 else (c, s)
+
+
+def _halves(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x = (a, b, tail)."""
+    half = x.shape[-1] // 2
+    return x[..., :half], x[..., half:2 * half], x[..., 2 * half:]
 
 
 def _main(cos: Tensor, x: Tensor) -> Tensor:

@@ -123,6 +123,19 @@ def test_phase_taps_equal_the_sum_by_hand(width, documents):
             assert width % 2 == 0 or abs(float(got[b, t, -1]) - odd) < 1e-12
 
 
+@pytest.mark.parametrize("moving", [False, True])
+@pytest.mark.parametrize("documents", [False, True])
+def test_phase_taps_have_the_gradients_of_a_linear_map(moving, documents):
+    x, before = torch.randn(2, 6, 5, dtype=torch.float64), torch.randn(2, 2, 5, dtype=torch.float64)
+    angles = torch.randn(3, *((2, 6) if moving else (1, 1)), 2, dtype=torch.float64)
+    weights = torch.rand(3, dtype=torch.float64)
+    reach = torch.tensor([[5, 6, 7, 8, 9, 10], [2, 3, 0, 1, 2, 0]]) if documents else None
+    for past in (None, before):
+        inputs = [x.requires_grad_(), *([] if past is None else [past.requires_grad_()])]
+        assert torch.autograd.gradcheck(
+            lambda x, past=None: phase_taps(x, angles, weights, before=past, reach=reach), inputs)
+
+
 def test_taps_in_pieces_are_the_taps():
     x, taps = torch.randn(2, 20, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
     angles, weights = torch.randn(4, 1, 1, 1, dtype=torch.float64), torch.rand(4, dtype=torch.float64)
