@@ -36,13 +36,16 @@ LOSS_BATCH = 32
 """Triplets of a contrastive batch of the validation loss."""
 ANOMALY_STD, SPECTRAL_ENTROPY = 0.01, 1.0
 """Of different texts: least spread of the anomaly score, least entropy of the spectral vector in nats."""
+DEAD_MATRICES = 0.3
+"""Largest share of weight matrices without any gradient."""
 _log = logging.getLogger("pretrain")
 
 
 class EmbeddingEvaluator:
     """Metrics `val/loss`, `val/accuracy`, `val/ndcg@10`, `val/recall@10`, `val/effective_rank`, `val/mean_cosine`, of
-    Spectra `val/anomaly_std` and `val/spectral_entropy`, and with `eval.embedding.sts` also `val/sts_spearman` (all
-    pairs) and `val/sts_quick` (a fixed subset, a log line).
+    Spectra `val/anomaly_std` and `val/spectral_entropy`, after an update `val/dead_matrices` (share of weight matrices
+    whose gradient was exactly zero in it), and with `eval.embedding.sts` also `val/sts_spearman` (all pairs) and
+    `val/sts_quick` (a fixed subset, a log line).
     """
 
     name = "embedding"
@@ -66,6 +69,8 @@ class EmbeddingEvaluator:
             if self._pairs is None:
                 self._pairs = read_scored_pairs(Path(self._config.sts))
             found |= self._sts(view, tokens, self._pairs)
+        if view.zero_gradients is not None:
+            found["val/dead_matrices"] = Metric(view.zero_gradients, 1, False)
         if view.rank == 0:
             for warning in health_warnings(found, view, self._config):
                 _log.warning("[HEALTH] %s", warning)
@@ -166,7 +171,8 @@ def health_warnings(found: Mapping[str, Metric], view: RunView, config: Embeddin
     rules = (("val/mean_cosine", ">", config.collapse_warn, "the vectors of different texts have come to look alike"),
              ("val/effective_rank", "<", config.rank_warn, "the vectors use few of their dimensions"),
              ("val/anomaly_std", "<", ANOMALY_STD, "the anomaly score is the same for all texts"),
-             ("val/spectral_entropy", "<", SPECTRAL_ENTROPY, "the spectral vectors stand on one coordinate"))
+             ("val/spectral_entropy", "<", SPECTRAL_ENTROPY, "the spectral vectors stand on one coordinate"),
+             ("val/dead_matrices", ">", DEAD_MATRICES, "so many weight matrices had no gradient at all"))
     told = []
     for name, sign, limit, meaning in rules:
         value = found[name].value if name in found else None

@@ -23,6 +23,9 @@ from pretrain.engine.traps import (
 )
 from pretrain.models.base import BuildContext, Family, ParamGroup
 
+_WATCHED = 32
+"""Weight matrices whose gradients are looked at."""
+
 
 @dataclass(frozen=True, slots=True)
 class StepOutcome:
@@ -48,6 +51,10 @@ class Engine:
     keepalive: Any = field(default=None, repr=False)
     forwards: int = 0
     """Forward passes so far."""
+    watch_gradients: bool = False
+    """Measure `zero_gradients` of the next update: a gather of some matrices, so for updates that are looked at."""
+    zero_gradients: float | None = None
+    """Of the last watched update: share of up to 32 weight matrices whose whole gradient was exactly zero."""
 
     def forward(self, **inputs: Any) -> Any:
         """The model's forward through DeepSpeed's hooks."""
@@ -68,6 +75,7 @@ class Engine:
         """
         for group, scale in zip(self.ds.optimizer.param_groups, self.lr_scales, strict=True):
             group["lr"] = lr * scale
+        self.zero_gradients = self._zero_gradients() if self.watch_gradients else None
         if self.stage == 0:
             return self._step_unpartitioned()
         self.ds.step()
@@ -86,6 +94,15 @@ class Engine:
             self.ds.zero_grad()  # without gradients the optimizer's step below changes nothing
         self.ds.step()
         return StepOutcome(finite, value)
+
+    def _zero_gradients(self) -> float:
+        """Between the last backward and the step. The matrices are spread evenly over the model, always the same."""
+        from deepspeed.utils import safe_get_full_grad
+        matrices = [p for p in self.model.parameters() if p.requires_grad and len(getattr(p, "ds_shape", p.shape)) > 1]
+        some = [matrices[i * len(matrices) // _WATCHED] for i in range(_WATCHED)] if len(matrices) > _WATCHED \
+            else matrices
+        grads = (p.grad if self.stage == 0 else safe_get_full_grad(p) for p in some)
+        return sum(grad is None or not bool(grad.any()) for grad in grads) / max(1, len(some))
 
     def parameter(self, name: str) -> torch.nn.Parameter:
         """A parameter of the model by its dotted name."""

@@ -39,6 +39,8 @@ class RunView(Protocol):
     rank: int
     world: int
     device: torch.device
+    zero_gradients: float | None
+    """Share of weight matrices whose gradient was exactly zero in the last update; None where none was looked at."""
 
     def forward(self, *, controls: Mapping[str, float] | None = None, **inputs: Any) -> Any:
         """The model in eval mode without gradient. Collective: every rank calls it the same number of times.

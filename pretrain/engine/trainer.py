@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -220,6 +220,7 @@ class Trainer:
         peak = self.config.optim.lr if self.state.lr_override is None else self.state.lr_override
         rate = peak * self.lr.factor(self.state.step)
         clock, policy = self.reporter.clock, self.config.train.on_spike
+        self.engine.watch_gradients = self._looked_at(before)
         judge = partial(self.health.spike, self.state.step) if policy != "warn" else None
         if self._sums:
             update = run_sum_update(self.engine, self.objective, loaded.micro_batches, totals, controls,
@@ -230,6 +231,13 @@ class Trainer:
         if self._accept(loaded, update):
             self.reporter.add(update, rate, self.state.step, self._tokens_per_step)
             self._due(before, self.progress)
+
+    def _looked_at(self, before: Progress) -> bool:
+        """Whether an evaluation follows the next update, if that is applied."""
+        after = replace(self.state, step=self.state.step + 1).progress(
+            self.batch, self.config.data.tokens_per_sample, self.epoch_samples)
+        return after.steps >= self.total_steps or any(
+            e.every is not None and e.every.due(before, after) is not None for e in self.evaluators)
 
     def _accept(self, loaded: LoadedUpdate, update: Update) -> bool:
         """Move the cursor past an update; or, where it is a reason to, back to a checkpoint: then False."""

@@ -30,6 +30,7 @@ class TrainingView:
         self.rank = engine.world.rank
         self.world = engine.world.size
         self.device = engine.world.device
+        self.zero_gradients = engine.zero_gradients
         self._engine = engine
         self._controls = controls
 

@@ -12,6 +12,7 @@ from tests.engine.world import main
 
 CASES = {"resume": shared_cases.resume, "not_finite": shared_cases.not_finite,
          "frozen_and_buffers": shared_cases.frozen_and_buffers, "read_write": shared_cases.read_write,
+         "dead_matrices": shared_cases.dead_matrices,
          **rewind_cases.CASES, **interruption_cases.CASES, **background_cases.CASES,
          **afrb_cases.CASES, **spectra_cases.SMALL_CASES}
 

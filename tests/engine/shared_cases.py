@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
+from pretrain.config.interval import Interval
 from pretrain.engine.distributed import World
+from pretrain.engine.evaluator import EvalResult, Metric
 from pretrain.runfolder.publish import Manifest
 from tests.engine.running import finish, run, start
 
@@ -125,5 +127,39 @@ def read_write(world: World, folder: Path) -> dict[str, Any]:
             used = trainer.engine.model.trained.weight.detach().float().clone()
         found[f"{stage}-{precision}"] = {"master": [float(master.min()), float(master.max())],
                                          "used": [float(used.min()), float(used.max())]}
+        finish(trainer)
+    return found
+
+
+class Looks:
+    """An evaluator that notes what it is told of the gradients."""
+
+    name = "looks"
+    every = Interval(2, "steps")
+
+    def __init__(self) -> None:
+        self.seen: list[float | None] = []
+
+    def evaluate(self, view: Any) -> EvalResult:
+        self.seen.append(view.zero_gradients)
+        return EvalResult({"val/loss": Metric(1.0, 1, False), "val/perplexity": Metric(2.0, 1, False)})
+
+
+def dead_matrices(world: World, folder: Path) -> dict[str, list[float | None]]:
+    """What evaluations after steps 0, 2 and 4 see of the three matrices; after step 2 one of them is cut off."""
+    found = {}
+    for stage, precision in ((0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (2, "bf16"), (3, "bf16")):
+        looks = Looks()
+        trainer = start(world, folder, f"{stage}-{precision}", [looks],
+                        engine={"zero_stage": stage, "precision": precision}, train={"length": "4 steps"},
+                        batch={"global_batch_size": 8, "gradient_accumulation_steps": 4 // world.size},
+                        eval={"every": "2 steps", "at_start": True})
+        trainer.evaluations.run(trainer.evaluators, trainer.state, trainer.progress, whole=True, select=False)
+        for step in range(4):
+            if step == 2:
+                trainer.engine.model.trained.register_forward_hook(lambda module, given, out: out.detach() + 0 * out)
+            trainer.step()
+        trainer.evaluations.run(trainer.evaluators, trainer.state, trainer.progress, whole=True, select=False)
+        found[f"{stage}-{precision}"] = looks.seen
         finish(trainer)
     return found

@@ -72,6 +72,11 @@ def test_a_hook_writes_master_and_model_copy(small: dict[str, Any]) -> None:
         assert found["used"] == pytest.approx([0.3, 0.3], rel=1e-7 if "fp32" in key else 2**-8), key
 
 
+def test_matrices_without_a_gradient_are_seen_in_every_stage(small: dict[str, Any]) -> None:
+    for key, found in case(small, "dead_matrices").items():
+        assert found == [None, 0.0, pytest.approx(1 / 3)], key
+
+
 @pytest.mark.parametrize("chain", elastic_cases.CHAINS)
 def test_another_world_and_stage_take_over_every_bit(chain: str, one: dict[str, Any], two: dict[str, Any]) -> None:
     """Saved by 4 ranks, resumed and saved again by 1, trained, then by 2: names, masters, moments, steps, the rest."""

@@ -24,6 +24,7 @@ def last_link(world: World, folder: Path) -> dict[str, Any]:
 CASES = {"splits": shared_cases.splits, "contrastive": shared_cases.contrastive, "bf16": shared_cases.bf16,
          "resume": shared_cases.resume, "not_finite": shared_cases.not_finite,
          "frozen_and_buffers": shared_cases.frozen_and_buffers, "read_write": shared_cases.read_write,
+         "dead_matrices": shared_cases.dead_matrices,
          "last_link": last_link, "interrupted": elastic_cases.interrupted,
          **rewind_cases.CASES, **interruption_cases.CASES, **background_cases.CASES,
          **afrb_cases.CASES, **spectra_cases.SMALL_CASES}

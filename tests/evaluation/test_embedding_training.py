@@ -52,6 +52,7 @@ class View:
                  barrier: threading.Barrier) -> None:
         self.config, self.model, self.rank, self.world = config, model, rank, world
         self.device, self.step, self.forwards = torch.device("cpu"), 126, 0
+        self.zero_gradients: float | None = None
         self._parts, self._barrier = parts, barrier
 
     def forward(self, *, controls: Mapping[str, float] | None = None, **inputs: Any) -> Any:
@@ -129,9 +130,9 @@ def test_a_collapsed_model_is_told_and_a_healthy_one_is_not(config: RunConfig) -
     view = View(config, torch.nn.Identity(), 0, 1, {}, threading.Barrier(1))
     view.step = 1250  # 4 micro-steps each: 5000
     healthy = {"val/mean_cosine": 0.3, "val/effective_rank": 200.0, "val/anomaly_std": 0.02,
-               "val/spectral_entropy": 3.0}
+               "val/spectral_entropy": 3.0, "val/dead_matrices": 0.3}
     sick = {"val/mean_cosine": 0.81, "val/effective_rank": float("nan"), "val/anomaly_std": 0.009,
-            "val/spectral_entropy": 0.9}
+            "val/spectral_entropy": 0.9, "val/dead_matrices": 0.34}
 
     def told(values: Mapping[str, float]) -> list[str]:
         return health_warnings({k: Metric(v, 512, True) for k, v in values.items()}, view, config.eval.embedding)
