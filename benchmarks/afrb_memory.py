@@ -16,7 +16,7 @@ from pretrain.config.load import load_run_config
 from pretrain.config.plan import make_plan
 
 LENGTHS = (512, 2048, 4096, 8192)
-PRESETS = {"vector memory": "afrb-big-small", "matrix memory 512 x 256": "afrb-retrieve-2k-small"}
+PRESETS = {"vector memory": "afrb-big-small", "matrix memory 640 x 256": "afrb-retrieve-2k-small"}
 CHUNK = 128
 
 

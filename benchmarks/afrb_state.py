@@ -19,7 +19,8 @@ KINDS: dict[str, tuple[str, list[str]]] = {
     "vector memory, trace readout (the claim's preset)": ("afrb-reproduce-10pct-small", []),
     "vector memory, state readout": ("afrb-reproduce-10pct-small", ["model.readout_mode=state"]),
     "matrix memory 256 x 256 (afrb-retrieve)": ("afrb-retrieve-small", []),
-    "matrix memory 512 x 256 (afrb-retrieve-2k)": ("afrb-retrieve-2k-small", []),
+    "matrix memory 640 x 256 (afrb-retrieve-2k)": ("afrb-retrieve-2k-small", []),
+    "matrix memory 512 x 128, delta rule (afrb-retrieve-text)": ("afrb-retrieve-text-small", []),
     "matrix memory 64 x 64, gated (afrb-retrieve-tag)": ("afrb-retrieve-tag-small", []),
 }
 
