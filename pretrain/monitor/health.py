@@ -89,15 +89,17 @@ class SpikeDetector:
     """
 
     def __init__(self, kind: Literal["loss_spike", "grad_spike"], window: int = 128, threshold: float = 8.0,
-                 warmup: int = 32, floor: float = 0.01) -> None:
+                 warmup: int = 32, floor: float = 0.01, least: float = 1e-4) -> None:
         """`threshold`: deviations; `warmup`: values before the first judgement; `floor`: least deviation, as a
-        fraction of the median, so that a nearly constant series does not make noise a spike.
+        fraction of the median, and `least` as a number, so that noise on a nearly constant series is no spike: neither
+        of a loss that stands still nor of one that has come down to nothing.
         """
         self.kind = kind
         self._values: deque[float] = deque(maxlen=window)
         self._threshold = threshold
         self._warmup = warmup
         self._floor = floor
+        self._least = least
 
     def update(self, step: int, value: float) -> Alarm | None:
         """Judge `value` against those before it, and remember it. Non-finite ones are no business of this rule."""
@@ -114,7 +116,7 @@ class SpikeDetector:
         if value <= median:
             return None
         mad = statistics.median(abs(other - median) for other in self._values)
-        deviation = max(1.4826 * mad, self._floor * abs(median), 1e-12)
+        deviation = max(1.4826 * mad, self._floor * abs(median), self._least)
         deviations = (value - median) / deviation
         return Alarm(self.kind, step, value, median, deviations) if deviations > self._threshold else None
 
@@ -134,7 +136,7 @@ class Health:
         self.bad_steps = BadSteps(max_bad_steps, max_bad_per_1000)
         self._loss = SpikeDetector("loss_spike")
         # Gradient norms have a long tail by nature: only what is far out is worth a line.
-        self._grad = SpikeDetector("grad_spike", threshold=20.0)
+        self._grad = SpikeDetector("grad_spike", threshold=20.0, least=1e-12)
 
     def spike(self, step: int, loss: float) -> Alarm | None:
         """Whether `loss` of an update that is not applied yet is a spike; remembers nothing."""

@@ -58,6 +58,12 @@ def test_a_constant_series_with_tiny_noise_raises_no_alarm():
     assert not any(detector.update(step, 2.0 + 1e-6 * (step % 7 == 0)) for step in range(500))
 
 
+def test_a_loss_that_has_come_down_to_nothing_has_no_spikes_but_real_ones():
+    detector = SpikeDetector("loss_spike")
+    assert not any(detector.update(step, 1e-8 * (step % 40 == 39)) for step in range(200))
+    assert detector.update(200, 0.5) is not None
+
+
 def test_a_spike_is_found_at_its_step_and_does_not_blind_the_next():
     losses = curve(1000)
     losses[500] += 3.0
