@@ -1,11 +1,12 @@
 """How much AFRB's matrix memory holds, beside arithmetic: right answers against the size of the state.
 
 Written are T associations of random tokens. A read returns the wanted value plus all others, each times the product of
-two random unit addresses, so a wrong token's score has variance s^2 + 1/dv with s^2 = T / (dk dv), and that one of P - 1
-beats the wanted one is left out with probability p = E_z[ Phi((1 + s z) / sqrt(s^2 + 1/dv))^(P - 1) ], z normal. p is
-of a read at the right address (teacher-forced); free-running, one error spoils the addresses after it.
+two random unit addresses, so a wrong token's score has variance s^2 + 1/dv with s^2 = T / (dk dv), and none of P - 1
+beats the wanted one with probability p = E_z[ Phi((1 + s z) / sqrt(s^2 + 1/dv))^(P - 1) ], z normal. p is of a read at
+the right address (teacher-forced); free-running, one error spoils the addresses after it.
 
-Untrained structured maps on the frozen small backbone. Run by name, where that is: `python -m benchmarks.afrb_capacity`.
+Untrained structured maps on the frozen small backbone. Run by name, where that is:
+`python -m benchmarks.afrb_capacity`.
 """
 
 from __future__ import annotations

@@ -106,7 +106,8 @@ class EmbeddingEvaluator:
 
     def _retrieval(self, view: View, tokens: TextTokens, judged: StoredJudgements) -> dict[str, Metric]:
         """Of the ranking head where there is one, and of the default one; collapse of the latter, over passages."""
-        queries = tokens.around(judged.queries[:self._config.queries])
+        chosen = spread(len(judged.queries), self._config.queries)
+        queries = tokens.around([judged.queries[number] for number in chosen])
         passages = tokens.around(judged.passages)
         vectors = [Vectors()] if self._config.head is None else [Vectors(), Vectors(self._config.head)]
 
@@ -117,13 +118,14 @@ class EmbeddingEvaluator:
         found: dict[str, Metric] = {}
         for number, name in enumerate(asked):
             _, ranked = exact_search(asked[name], searched[name], 100)
-            figures = Ranking(ranked.tolist(), judged.relevant[:len(queries)]).metrics("val")
+            figures = Ranking(ranked.tolist(), [judged.relevant[number] for number in chosen]).metrics("val")
             suffix = "" if number == len(asked) - 1 else f"/{name}"
             found |= {f"{key}{suffix}": figures[key] for key in ("val/ndcg@10", "val/recall@10")}
-        whole = next(iter(searched.values()))[:self._config.collapse_texts]
+        looked_at = spread(len(passages), self._config.collapse_texts)
+        whole = next(iter(searched.values()))[looked_at]
         found["val/effective_rank"] = Metric(effective_rank(whole), len(whole), True)
         found["val/mean_cosine"] = Metric(mean_cosine(whole), len(whole), False)
-        rows = passages[:self._config.collapse_texts]
+        rows = [passages[number] for number in looked_at]
         branches = encode(view, rows, pad_id=tokens.pad_id, pick=spectra_figures)
         if branches:
             found["val/anomaly_std"] = Metric(float(branches["anomaly"].double().std()), len(rows), True)
@@ -158,6 +160,12 @@ def spectra_figures(output: EncoderOutput) -> dict[str, torch.Tensor]:
     shares = aux["spectral"].float().softmax(-1)
     return {"anomaly": aux["anomaly_score"].float()[:, None],
             "entropy": -torch.xlogy(shares, shares).sum(-1, keepdim=True)}
+
+
+def spread(count: int, most: int) -> list[int]:
+    """Up to `most` of `count` places, evenly spaced: what is stored first is of one source or package."""
+    taken = min(count, most)
+    return [i * count // taken for i in range(taken)]
 
 
 def health_warnings(found: Mapping[str, Metric], view: RunView, config: EmbeddingEvalConfig) -> list[str]:

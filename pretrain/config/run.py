@@ -139,9 +139,10 @@ class EmbeddingEvalConfig(Section):
     quick_pairs: int = Field(200, ge=2, description="pairs of val/sts_quick, a fixed subset; it selects nothing")
     target_sts: float | None = Field(None, gt=0, le=1, description="what the log line shows progress towards")
     head: str | None = Field(None, description="head of val/ndcg@10 and val/recall@10; null: the default one")
-    queries: int = Field(1000, ge=1, description="most queries of retrieval")
+    queries: int = Field(1000, ge=1, description="most queries of retrieval, spread evenly over the split")
     pool: int = Field(2000, ge=2, description="passages searched: those of the split, filled up from train")
-    collapse_texts: int = Field(512, ge=2, description="passages whose effective rank and mean cosine are told")
+    collapse_texts: int = Field(512, ge=2, description="passages, spread likewise, whose effective rank and mean "
+                                "cosine are told")
     loss_triplets: int | None = Field(2000, ge=32, description="triplets of val/loss; null: the whole split")
     health_after: Interval = Field(Interval(5000, "micro_steps"), description="warn of collapse from here on")
     collapse_warn: float = Field(0.8, gt=-1, le=1, description="val/mean_cosine above which vectors have collapsed")
