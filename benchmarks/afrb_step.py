@@ -1,7 +1,11 @@
-"""A training step of AFRB on needles of 512 tokens: memories over the same block without one (the null adapter).
+"""A training step of AFRB on needles of 512 tokens: one block with a memory over a model without either.
 
-Without attention a model sends only the rows that are asked for through its layers, where nothing looks back at hidden
-states. The null adapter is made to send the whole sequence, as it would on text, so that ratios are over the same work.
+On the small backbone, frozen and without attention: over the same block without a memory (the null adapter). There a
+model sends only the rows that are asked for through its layers, where nothing looks back at hidden states; the null
+adapter is made to send the whole sequence, as it would on text, so that ratios are over the same work.
+
+On a Llama of 8 layers of 512 that is trained as a whole, attention kept: over that Llama alone. Logits are computed at
+the asked rows.
 """
 
 from __future__ import annotations
@@ -17,8 +21,12 @@ from pretrain.models.afrb.schema import AFRBConfig
 from pretrain.models.base import BuildContext
 
 ROWS, T, ANSWERS = 4, 533, 16
-GOAL = 1.3
-PAIRS = 10
+GOAL, LLAMA_GOAL = 1.3, 1.15
+PAIRS, LLAMA_PAIRS = 10, 6
+LLAMA = {"model_type": "llama", "vocab_size": 32000, "hidden_size": 512, "intermediate_size": 1408,
+         "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 8, "max_position_embeddings": 1024,
+         "tie_word_embeddings": False}
+BARE = {"n_afrb": 0, "enable_pvm": False, "readout_from": "none", "kiss_ridge_calib": False}
 NULL = {"phase_mode": "none", "enable_pvm": False, "readout_from": "none", "kiss_ridge_calib": False}
 VECTOR = {"enable_pvm": True, "readout_from": "pvm"}
 KINDS = {
@@ -32,11 +40,15 @@ KINDS = {
 
 
 class Step:
-    """Forward at the answer's rows, backward, AdamW, on fixed random tokens; attention off."""
+    """Forward at the answer's rows, backward, AdamW, on fixed random tokens."""
 
-    def __init__(self, options: dict[str, object], *, whole: bool = False) -> None:
+    def __init__(self, options: dict[str, object], *, whole: bool = False, llama: bool = False) -> None:
         preset = load_run_config("afrb-micro-small").config.model.model_dump(by_alias=True)
+        if llama:
+            preset |= {"backbone": {"hf_config": LLAMA}, "disable_attn": False}
         model = FAMILY.build(AFRBConfig.model_validate({**preset, **options}), BuildContext(seed=0))
+        if llama:
+            model.requires_grad_(True)
         self.model, self.whole = model.train(), whole
         self.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
         draw = torch.Generator().manual_seed(0)
@@ -65,8 +77,16 @@ def main() -> None:
         verdict = "met" if found[name].ratio.median <= GOAL else "MISSED"
         print(f"{name}: {found[name].ours} over the null adapter's {found[name].other}: {found[name].ratio}; goal "
               f"{GOAL:g} or less: {verdict}")
+    bare = Step(BARE, llama=True)
+    larger: dict[str, Comparison] = {}
+    for name in ("vector memory, trace readout", "vector memory, state readout", "matrix memory 256 x 128"):
+        larger[name] = compare(functools.partial(Step(KINDS[name], llama=True)), bare, unit="ms", pairs=LLAMA_PAIRS)
+        verdict = "met" if larger[name].ratio.median <= LLAMA_GOAL else "MISSED"
+        print(f"{name}, Llama of 8 x 512: {larger[name].ours} over {larger[name].other} without: {larger[name].ratio}; "
+              f"goal {LLAMA_GOAL:g} or less: {verdict}")
     write_results("afrb_step", {"rows": ROWS, "tokens": T, "backbone": "afrb-micro-small, attention off, fp32",
-                                "over_null_adapter": found, "goal": GOAL})
+                                "over_null_adapter": found, "goal": GOAL, "over_llama_8x512": larger,
+                                "llama_goal": LLAMA_GOAL})
 
 
 if __name__ == "__main__":

@@ -11,11 +11,12 @@ from tests.engine.world import case
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(900)]  # the first test of a chain pays for three launches
 
 
-@pytest.mark.parametrize("form", ["token", "channel", "token and channel"])
+@pytest.mark.parametrize("form", ["token", "channel", "token and channel", "32768 tokens"])
 def test_a_recurrence_over_ranks_equals_one_rank(families: tuple[dict[str, Any], dict[str, Any]], form: str) -> None:
     alone, several = (case(results, "sequence_parallel")[form] for results in families)
+    allowed = 1e-10 if form == "32768 tokens" else 1e-12  # in fp64, of sums over thousands of tokens
     for want, got in zip(alone, several, strict=True):
-        assert got == pytest.approx(want, rel=1e-12, abs=1e-12)
+        assert got == pytest.approx(want, rel=allowed, abs=allowed)
 
 
 STAGES = ("vector 3", "matrix 0", "matrix 2", "matrix 3", "matrix checkpointing")
