@@ -21,6 +21,8 @@ SINGLE_PRECISION = 2.0**-24
 """What is smaller than this share of a state is lost in fp32."""
 _WINDOW = 100
 """Steps over which a training figure is averaged before it is compared."""
+_MEDIAN = 50
+"""Steps whose median loss the last one is held against."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +60,7 @@ def line(finding: Diagnosis) -> str:
 
 def findings(evidence: Evidence) -> list[Diagnosis]:
     """Every rule that fires, in the order of the specification."""
-    rules = (_no_retrieval, _too_good, _leak_without_memory, _echo, _infonce, _memorised)
+    rules = (_no_retrieval, _too_good, _leak_without_memory, _echo, _diverging, _infonce, _memorised)
     return [found for rule in rules for found in rule(evidence)]
 
 
@@ -117,6 +119,19 @@ def _echo(e: Evidence) -> Iterator[Diagnosis]:
     if echo is not None and not echo.at_chance(e.nulls.uniform) and echo.value >= 10 * hit.value:
         yield Diagnosis("H3", f"echo rate {echo.value:.1%} against {hit.value:.1%} found: the model repeats the token "
                         "it is looking at", "the echo is not retrieval; objective.legacy_loss false")
+
+
+def _diverging(e: Evidence) -> Iterator[Diagnosis]:
+    remedy = ("optim.grad_clip 0.5, optim.lr 1e-5, model.alpha 0.02, model.gamma 0.15, objective.infonce_tau 0.1; "
+              "train.log names the batches, `pretrain data at RUN --batch K` shows them")
+    skipped = e.series("skipped")[1]
+    if len(skipped) and skipped[-1] > 0:
+        yield Diagnosis("D1", f"{skipped[-1]:.0f} updates were skipped, not finite or spikes", remedy)
+        return
+    steps, loss = e.series("loss")
+    lately = loss[steps > steps[-1] - _MEDIAN] if len(loss) else loss
+    if len(lately) and loss[-1] > 2 * float(np.median(lately)):
+        yield Diagnosis("D1", f"loss {loss[-1]:.3g} is above twice its median over {_MEDIAN} steps", remedy)
 
 
 def _infonce(e: Evidence) -> Iterator[Diagnosis]:

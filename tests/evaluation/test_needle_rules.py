@@ -56,6 +56,14 @@ def test_chance_after_500_steps_names_causes_and_cures_in_order():
     assert "alike (0.998" in findings(evidence(0, rows=rows("val/readout_entropy", [0.9, 0.998])))[0].message
 
 
+def test_updates_that_were_skipped_and_a_loss_that_doubles_are_told():
+    calm = rows("loss", [10.0, 9.9, 9.8, 9.7, 9.6, 9.5, 18.0])
+    assert fired(evidence(rows=calm, **HEALTHY)) == []
+    assert fired(evidence(rows=[*calm, {"step": 80, "loss": 19.5}], **HEALTHY)) == ["D1"]
+    found = findings(evidence(rows=rows("skipped", [0, 0, 2]), **HEALTHY))
+    assert [f.rule for f in found] == ["D1"] and found[0].message.startswith("2 updates")
+
+
 def test_a_high_rate_asks_for_controls_and_controls_that_do_not_drop_are_a_leak():
     assert fired(evidence(700)) == ["H1"]
     assert fired(evidence(600)) == []

@@ -177,8 +177,8 @@ def test_a_forward_changes_no_state_it_is_given(mode):
         assert not any(isinstance(v, torch.Tensor) for v in vars(module).values())
 
 
-@pytest.mark.parametrize("mode", ["state", "trace with attention, top states", "matrix, stepped head", "window", "matrix",
-                                  "matrix, delta, content, gate"])
+@pytest.mark.parametrize("mode", ["state", "trace with attention, top states", "matrix, stepped head", "window",
+                                  "matrix", "matrix, delta, content, gate"])
 def test_generation(mode):
     """Greedy generation is forward's first choice each time, ignores left padding, and beams keep their own state."""
     model = open_up(build(mode))
