@@ -22,7 +22,7 @@ from pretrain.config.contrastive import ContrastiveConfig
 from pretrain.config.interval import Interval, Progress
 from pretrain.config.run import EmbeddingEvalConfig, RunConfig
 from pretrain.config.source import PairsConfig
-from pretrain.data.open import PADDING_ID, VALIDATION_SPLIT, eval_batches, open_validation
+from pretrain.data.open import PADDING_ID, VALIDATION_SPLIT, eval_batches, open_validation, spread
 from pretrain.engine.evaluator import EvalResult, Metric, RunView
 from pretrain.errors import ConfigError
 from pretrain.metrics.collapse import effective_rank, mean_cosine
@@ -106,8 +106,9 @@ class EmbeddingEvaluator:
 
     def _retrieval(self, view: View, tokens: TextTokens, judged: StoredJudgements) -> dict[str, Metric]:
         """Of the ranking head where there is one, and of the default one; collapse of the latter, over passages."""
-        chosen = spread(len(judged.queries), self._config.queries)
+        chosen = spread(len(judged.queries), self._config.queries).tolist()
         queries = tokens.around([judged.queries[number] for number in chosen])
+        relevant = [judged.relevant[number] for number in chosen]
         passages = tokens.around(judged.passages)
         vectors = [Vectors()] if self._config.head is None else [Vectors(), Vectors(self._config.head)]
 
@@ -118,10 +119,10 @@ class EmbeddingEvaluator:
         found: dict[str, Metric] = {}
         for number, name in enumerate(asked):
             _, ranked = exact_search(asked[name], searched[name], 100)
-            figures = Ranking(ranked.tolist(), [judged.relevant[number] for number in chosen]).metrics("val")
+            figures = Ranking(ranked.tolist(), relevant).metrics("val")
             suffix = "" if number == len(asked) - 1 else f"/{name}"
             found |= {f"{key}{suffix}": figures[key] for key in ("val/ndcg@10", "val/recall@10")}
-        looked_at = spread(len(passages), self._config.collapse_texts)
+        looked_at = spread(len(passages), self._config.collapse_texts).tolist()
         whole = next(iter(searched.values()))[looked_at]
         found["val/effective_rank"] = Metric(effective_rank(whole), len(whole), True)
         found["val/mean_cosine"] = Metric(mean_cosine(whole), len(whole), False)
@@ -160,12 +161,6 @@ def spectra_figures(output: EncoderOutput) -> dict[str, torch.Tensor]:
     shares = aux["spectral"].float().softmax(-1)
     return {"anomaly": aux["anomaly_score"].float()[:, None],
             "entropy": -torch.xlogy(shares, shares).sum(-1, keepdim=True)}
-
-
-def spread(count: int, most: int) -> list[int]:
-    """Up to `most` of `count` places, evenly spaced: what is stored first is of one source or package."""
-    taken = min(count, most)
-    return [i * count // taken for i in range(taken)]
 
 
 def health_warnings(found: Mapping[str, Metric], view: RunView, config: EmbeddingEvalConfig) -> list[str]:

@@ -33,7 +33,7 @@ from pretrain.config.needle import NeedleConfig
 from pretrain.config.problems import collect
 from pretrain.config.source import DataConfig
 from pretrain.data.needle import NeedleSource
-from pretrain.data.open import eval_batches
+from pretrain.data.open import eval_batches, spread
 from pretrain.engine.evaluator import EvalResult, Metric
 from pretrain.errors import ConfigErrors, UserError
 from pretrain.metrics.needle import Predictions, Rate, by_distance, hits_needed, needle_rates
@@ -138,11 +138,10 @@ class _Asked:
         self.target, self.source, self.request = target, source, request
         self.task = source.config
         self.batch_size = request.batch_size or DEFAULT_BATCH_SIZE
-        count = min(len(source), request.max_windows or len(source))
-        self.ids = np.arange(count, dtype=np.int64) * len(source) // count
+        self.ids = spread(len(source), request.max_windows or len(source))
         self.few = self.ids[:CONTROL_EXAMPLES]
         self.reader = _reader(target)
-        self.answers = self._ask(self.reader, source, count)
+        self.answers = self._ask(self.reader, source, len(self.ids))
 
     def _ask(self, reader: Reader, source: NeedleSource, count: int) -> Answers:
         batches = eval_batches(source, rank=0, world=1, batch_size=self.batch_size, max_samples=count)

@@ -20,7 +20,7 @@ from pretrain.data.batch import Batch, SampleSource
 from pretrain.data.curriculum import StagedOrder
 from pretrain.data.loader import read_rows
 from pretrain.data.mixture import MixtureSource, size_of
-from pretrain.data.order import Order
+from pretrain.data.order import I64Array, Order
 from pretrain.data.shards import IGNORE_LABEL
 from pretrain.errors import ConfigError
 
@@ -118,12 +118,18 @@ def open_validation(config: RunConfig) -> SampleSource | None:
     return None
 
 
+def spread(count: int, most: int) -> I64Array:
+    """Up to `most` of `count` places, evenly spaced: what is stored first is of one source."""
+    taken = min(count, most)
+    return np.arange(taken, dtype=np.int64) * count // max(1, taken)
+
+
 def eval_batches(source: SampleSource, *, rank: int, world: int, batch_size: int,
                  max_samples: int | None = None) -> Iterator[Batch]:
     """Batches [batch_size] of this rank that together, over all ranks, hold every chosen sample exactly once.
 
     All ranks get the same number of batches. Rows that only fill up have `sample_ids` -1 and, where there are `labels`,
-    labels of -100. With `max_samples` below the source's length the samples are spread evenly over it.
+    labels of -100. With `max_samples` below the source's length the samples are those of `spread`.
     """
     length = len(source)
     n = min(length, max_samples or length)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from pretrain.config.deepspeed import built_in_parts, deepspeed_config
 from pretrain.config.run import Precision, ResolvedBatch, RunConfig
 from pretrain.data.allocator import freed_memory_returned
+from pretrain.data.open import spread
 from pretrain.engine.distributed import World
 from pretrain.engine.traps import (
     float_buffers,
@@ -99,8 +100,7 @@ class Engine:
         """Between the last backward and the step. The matrices are spread evenly over the model, always the same."""
         from deepspeed.utils import safe_get_full_grad
         matrices = [p for p in self.model.parameters() if p.requires_grad and len(getattr(p, "ds_shape", p.shape)) > 1]
-        some = [matrices[i * len(matrices) // _WATCHED] for i in range(_WATCHED)] if len(matrices) > _WATCHED \
-            else matrices
+        some = [matrices[place] for place in spread(len(matrices), _WATCHED)]
         grads = (p.grad if self.stage == 0 else safe_get_full_grad(p) for p in some)
         return sum(grad is None or not bool(grad.any()) for grad in grads) / max(1, len(some))
 

@@ -84,7 +84,10 @@ class Trainer:
     @property
     def progress(self) -> Progress:
         """Where the run stands."""
-        return self.state.progress(self.batch, self.config.data.tokens_per_sample, self.epoch_samples)
+        return self._progress_of(self.state)
+
+    def _progress_of(self, state: RunState) -> Progress:
+        return state.progress(self.batch, self.config.data.tokens_per_sample, self.epoch_samples)
 
     @property
     def _tokens_per_step(self) -> int:
@@ -234,10 +237,11 @@ class Trainer:
 
     def _looked_at(self, before: Progress) -> bool:
         """Whether an evaluation follows the next update, if that is applied."""
-        after = replace(self.state, step=self.state.step + 1).progress(
-            self.batch, self.config.data.tokens_per_sample, self.epoch_samples)
-        return after.steps >= self.total_steps or any(
-            e.every is not None and e.every.due(before, after) is not None for e in self.evaluators)
+        after = self._progress_of(replace(self.state, step=self.state.step + 1))
+        return after.steps >= self.total_steps or bool(self._evaluators_due(before, after))
+
+    def _evaluators_due(self, before: Progress, after: Progress) -> list[Evaluator]:
+        return [e for e in self.evaluators if e.every and e.every.due(before, after) is not None]
 
     def _accept(self, loaded: LoadedUpdate, update: Update) -> bool:
         """Move the cursor past an update; or, where it is a reason to, back to a checkpoint: then False."""
@@ -296,7 +300,7 @@ class Trainer:
 
     def _due(self, before: Progress, after: Progress) -> None:
         last = self.state.step >= self.total_steps
-        evaluators = [e for e in self.evaluators if e.every and e.every.due(before, after) is not None]
+        evaluators = self._evaluators_due(before, after)
         improved = bool(evaluators) and not last and self._evaluate(evaluators)
         every = self.config.checkpoint.every
         scheduled = every is not None and every.due(before, after) is not None

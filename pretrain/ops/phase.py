@@ -78,13 +78,8 @@ class _PhaseTaps(torch.autograd.Function):
         ctx.offset = offset
         y = padded.new_zeros(padded.shape[0], padded.shape[1] - offset, padded.shape[2])
         for back in range(len(weights)):
-            to, at = _rows(y, padded, back, offset)
-            source = at if reach is None else at * _reached(reach, back, offset).to(at.dtype)
-            (c, s), (a, b, tail) = _factors(cos, sin, back, offset), _halves(source)
-            into_a, into_b, into_tail = _halves(to)
-            into_a.addcmul_(c, a).addcmul_(s, b, value=-1)
-            into_b.addcmul_(s, a).addcmul_(c, b)
-            into_tail.addcmul_(weights[back], tail)
+            into, source = _rows(y, padded, back, offset)
+            _add_turned(into, source, cos, sin, weights, reach, back, offset, sign=1)
         return y
 
     @staticmethod
@@ -93,14 +88,21 @@ class _PhaseTaps(torch.autograd.Function):
         cos, sin, weights, reach = ctx.saved_tensors
         found = grad.new_zeros(grad.shape[0], grad.shape[1] + ctx.offset, grad.shape[2])
         for back in range(len(weights)):
-            at, to = _rows(grad, found, back, ctx.offset)
-            source = at if reach is None else at * _reached(reach, back, ctx.offset).to(at.dtype)
-            (c, s), (a, b, tail) = _factors(cos, sin, back, ctx.offset), _halves(source)
-            into_a, into_b, into_tail = _halves(to)
-            into_a.addcmul_(c, a).addcmul_(s, b)
-            into_b.addcmul_(s, a, value=-1).addcmul_(c, b)
-            into_tail.addcmul_(weights[back], tail)
+            source, into = _rows(grad, found, back, ctx.offset)
+            _add_turned(into, source, cos, sin, weights, reach, back, ctx.offset, sign=-1)
         return found, None, None, None, None, None
+
+
+def _add_turned(into: Tensor, source: Tensor, cos: Tensor, sin: Tensor, weights: Tensor, reach: Tensor | None,
+                back: int, offset: int, *, sign: int) -> None:
+    """Add what one tap makes of `source`, turned forwards or (sign -1) backwards."""
+    if reach is not None:
+        source = source * _reached(reach, back, offset).to(source.dtype)
+    (c, s), (a, b, tail) = _factors(cos, sin, back, offset), _halves(source)
+    into_a, into_b, into_tail = _halves(into)
+    into_a.addcmul_(c, a).addcmul_(s, b, value=-sign)
+    into_b.addcmul_(s, a, value=sign).addcmul_(c, b)
+    into_tail.addcmul_(weights[back], tail)
 
 
 def _rows(y: Tensor, padded: Tensor, back: int, offset: int) -> tuple[Tensor, Tensor]:

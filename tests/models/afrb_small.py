@@ -8,6 +8,7 @@ import torch
 
 from pretrain.config.run import RunConfig
 from pretrain.data.batch import Batch
+from pretrain.models.afrb.backbone import table_rows
 from pretrain.models.afrb.family import FAMILY
 from pretrain.models.afrb.schema import AFRBConfig
 from pretrain.models.base import BuildContext
@@ -82,6 +83,11 @@ def open_up(model, seed=0):
             if parameter.requires_grad and not parameter.any():
                 parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
     return model
+
+
+def whole_table(table):
+    """[V, D] of an embedding or an output table."""
+    return torch.cat([*table_rows(table, V, torch.device("cpu"))])
 
 
 def tokens(rows=2, length=T, seed=0):

@@ -9,9 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pretrain.models.afrb.backbone import table_rows
 from pretrain.models.afrb.calibration import whiten_tables
-from tests.models.afrb_small import MATRIX, VECTOR, T, V, build, open_up, tokens
+from tests.models.afrb_small import MATRIX, VECTOR, T, V, build, open_up, tokens, whole_table
 
 
 def turn(x, angle):
@@ -115,7 +114,7 @@ def test_vector_readouts(mode):
     cfg, ids = model.schema, tokens()
     out = model(ids, diagnostics=True, return_logits=True)
     found = out.diagnostics
-    table = torch.cat([*table_rows(model.get_output_embeddings(), V, ids.device)])
+    table = whole_table(model.get_output_embeddings())
     for row in range(2):
         hidden, traces = found["hidden"][row], found["traces"][:, row]
         for t in range(T):
@@ -179,8 +178,8 @@ def test_matrix_memory(mode):
     cfg, memory, ids = model.schema, model.memory, tokens()
     out = model(ids, return_logits=True)
     base = model(ids, return_logits=True, controls={"readout_off": 1.0}).logits
-    inputs = torch.cat([*table_rows(model.get_input_embeddings(), V, ids.device)])
-    outputs = torch.cat([*table_rows(model.get_output_embeddings(), V, ids.device)])
+    inputs = whole_table(model.get_input_embeddings())
+    outputs = whole_table(model.get_output_embeddings())
     white_in, white_out = memory.input_rows(inputs), memory.output_rows(outputs)
     features = (lambda a: a) if memory.phases is None else memory.phases
     for row in range(2):

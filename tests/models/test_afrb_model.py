@@ -11,12 +11,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from pretrain.config.run import OptimConfig
 from pretrain.gates import run_gates
-from pretrain.models.afrb.backbone import AttentionFreeLayer, table_rows
+from pretrain.models.afrb.backbone import AttentionFreeLayer
 from pretrain.models.afrb.calibration import whiten_tables
 from pretrain.models.afrb.family import parameter_groups
 from pretrain.models.afrb.infonce import infonce
 from pretrain.models.base import BuildContext
-from tests.models.afrb_small import BACKBONES, MODES, T, V, build, config, hooks, open_up, tokens
+from tests.models.afrb_small import BACKBONES, MODES, T, V, build, config, hooks, open_up, tokens, whole_table
 
 CPU = torch.device("cpu")
 
@@ -256,7 +256,7 @@ def test_infonce_is_its_definition(mode):
     out = model(ids, labels=labels, negatives=negatives, diagnostics=True, controls={"infonce_tau": 0.2})
     total, count = out.terms["nce"]
     assert count == (labels != -100).sum() and out.terms["nce_correct"][1] == count
-    table = torch.cat([*table_rows(model.get_output_embeddings(), V, CPU)])
+    table = whole_table(model.get_output_embeddings())
     said = out.diagnostics["readout"] @ (model.readout or model.memory).project.T
     scores = F.cosine_similarity(said[:, :, None], table, dim=-1) / 0.2
     want, correct = 0.0, 0
