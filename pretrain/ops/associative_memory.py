@@ -86,7 +86,7 @@ def read_rows(queries: Tensor, rows: Tensor, keys: Tensor, values: Tensor, fades
         fades: of the T tokens.
         initial: [B, K, V], the state before the first token; None: zero.
     """
-    q, k, v = _same(queries, keys, values)
+    q, k, v = in_one_dtype(queries, keys, values)
     here = fades.at(rows)
     seen = rows[:, :, None] >= torch.arange(k.shape[1], device=rows.device)
     weights = (q @ k.transpose(1, 2)) * here.since(fades, k.dtype) * seen.to(k.dtype)
@@ -98,7 +98,7 @@ def read_rows(queries: Tensor, rows: Tensor, keys: Tensor, values: Tensor, fades
 
 def final_state(keys: Tensor, values: Tensor, fades: Fading, initial: Tensor | None = None) -> Tensor:
     """S [B, K, V] after the last token."""
-    _, k, v = _same(keys, keys, values)
+    _, k, v = in_one_dtype(keys, keys, values)
     last = torch.full_like(fades.segments[:, :1], k.shape[1] - 1)
     end = fades.at(last)
     state = k.transpose(1, 2) @ (end.since(fades, k.dtype).transpose(1, 2) * v)
@@ -110,13 +110,13 @@ def final_state(keys: Tensor, values: Tensor, fades: Fading, initial: Tensor | N
 def read_all(queries: Tensor, keys: Tensor, values: Tensor, fades: Fading, initial: Tensor | None = None,
              chunk: int = CHUNK) -> tuple[Tensor, Tensor]:
     """(r [B, T, V], S [B, K, V] after the last token) of queries [B, T, K] at every token."""
-    q, k, v = _same(queries, keys, values)
+    q, k, v = in_one_dtype(queries, keys, values)
     batch, length, width = v.shape
     size = min(chunk, length)
     count = -(-length // size)
-    q, k, v = (_cut(x, count, size) for x in (q, k, v))
-    inside = Fading(None if fades.logs is None else _cut(fades.logs, count, size, repeat=True),
-                    _cut(fades.segments, count, size, repeat=True))
+    q, k, v = (cut(x, count, size) for x in (q, k, v))
+    inside = Fading(None if fades.logs is None else cut(fades.logs, count, size, repeat=True),
+                    cut(fades.segments, count, size, repeat=True))
     earlier = torch.ones(size, size, dtype=k.dtype, device=k.device).tril()
     weights = (q @ k.transpose(1, 2)) * inside.since(inside, k.dtype) * earlier
     reads = (weights @ v).view(batch, count, size, width)
@@ -145,7 +145,7 @@ def delta_corrections(keys: Tensor, values: Tensor, rate: float | Tensor, fades:
         keys, values, fades, initial: as in `read_all`. Keys of norm 1 keep it stable.
         rate: eta in (0, 1], one number or [B, T]; padding needs 0.
     """
-    _, k, v = _same(keys, keys, values)
+    _, k, v = in_one_dtype(keys, keys, values)
     batch, length, width = v.shape
     eta = torch.as_tensor(rate, dtype=k.dtype, device=k.device).expand(batch, length)[..., None]
     state = k.new_zeros(batch, k.shape[2], width) if initial is None else initial.to(k.dtype)
@@ -167,12 +167,13 @@ def delta_corrections(keys: Tensor, values: Tensor, rate: float | Tensor, fades:
     return torch.cat(found, 1)
 
 
-def _same(*tensors: Tensor) -> list[Tensor]:
+def in_one_dtype(*tensors: Tensor) -> list[Tensor]:
+    """fp64 where one of them is, else fp32."""
     dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
     return [t.to(dtype) for t in tensors]
 
 
-def _cut(x: Tensor, count: int, size: int, *, repeat: bool = False) -> Tensor:
+def cut(x: Tensor, count: int, size: int, *, repeat: bool = False) -> Tensor:
     """[B, T, ...] -> [B * n, C, ...]; the last chunk is filled with zeros, or with its last token's value."""
     missing = count * size - x.shape[1]
     if missing:

@@ -49,6 +49,8 @@ MODES = {
     "matrix, delta, content, gate": {"pvm_rule": "delta", "pvm_phase_clock": "content", "pvm_content_frequencies": 8,
                                      "pvm_write_gate": True, "pvm_gate_marks": 6, **MATRIX},
     "matrix, gate": {"pvm_write_gate": True, **MATRIX},
+    "matrix, gated decay": {"pvm_rule": "gated", "pvm_fade_init": 0.0, "pvm_phase_clock": "learned",
+                            "pvm_write_gate": True, **MATRIX},
     "matrix, log clock, decay": {"pvm_phase_clock": "log", "pvm_omega_mode": "scalar", "pvm_beta": 0.9, **MATRIX},
     "matrix, learned taps, query": {"pvm_phase_clock": "learned", "pvm_separate_query": True, "pvm_row_norm": False,
                                     **MATRIX},

@@ -145,6 +145,7 @@ MEMORIES = {
     "gated": {"pvm_write_gate": True, "pvm_gate_taps": 5, **MATRIX},
     "gated delta": {"pvm_rule": "delta", "pvm_write_gate": True, "pvm_gate_taps": 5, "pvm_gate_marks": 6,
                     **MATRIX},
+    "gated linear attention": {"pvm_rule": "gated", "pvm_fade_init": 0.5, **MATRIX},
     "stepped": {"pvm_read": "step", "pvm_address_taps": 5, "pvm_query_taps": 2, **MATRIX},
 }
 
@@ -188,7 +189,11 @@ def test_matrix_memory(mode):
         state = torch.zeros(len(features(torch.zeros(16))), cfg.pvm_dv)
         for t in range(T):
             value = memory.value @ (F.normalize(white_out[ids[row, t]], dim=0) * math.sqrt(32))
-            state = cfg.pvm_beta * state
+            kept = cfg.pvm_beta
+            if memory.fade is not None:
+                fade = memory.fade
+                kept = torch.sigmoid(fade.up @ fade.down @ u[t] + fade.bias)[:, None] ** (1 / 16)
+            state = kept * state
             if t:
                 written_at = features(address_by_hand(cfg, embedded, t - 1, cfg.pvm_address_taps, memory.turn))
                 if cfg.pvm_rule == "delta":

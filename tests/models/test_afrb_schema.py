@@ -39,7 +39,7 @@ def test_counts_of_every_mode(mode, backbone):
        phase=st.sampled_from(["rotate", "embed", "none"]), memory=st.sampled_from([None, "vector", "matrix"]),
        disable=st.sampled_from([None, "zero", "identity"]), gate=st.booleans(), dk=st.integers(1, 9),
        mode=st.sampled_from(["trace", "state", "window:9"]), query=st.sampled_from(["mean_tail", "learned"]),
-       clock=st.sampled_from(["token", "content", "learned", "none"]), rule=st.sampled_from(["hebb", "delta"]),
+       clock=st.sampled_from(["token", "content", "learned", "none"]), rule=st.sampled_from(["hebb", "delta", "gated"]),
        length=st.sampled_from([16, 63]))
 def test_counts_of_any_options(backbone, blocks, mixer, phase, memory, disable, gate, dk, mode, query, clock, rule,
                                length):
@@ -74,7 +74,8 @@ def saved_bytes(cfg, dtype, scored=None, rows=2, length=128):
 @pytest.mark.parametrize(("mode", "backbone"), [
     ("adapter with attention", "llama"), ("adapter with attention", "gpt2"), ("trace", "llama"), ("trace", "gpt2"),
     ("conv mixer, two blocks", "llama"), ("state", "gpt_neo"), ("matrix", "llama"),
-    ("matrix, delta, content, gate", "gpt2"), ("learned query, write gate, ladder", "llama")])
+    ("matrix, delta, content, gate", "gpt2"), ("matrix, gated decay", "llama"),
+    ("learned query, write gate, ladder", "llama")])
 def test_activation_bytes_are_those_that_autograd_keeps(mode, backbone, dtype):
     """Within 15 %, at a width where the memory's constants do not hide the rest."""
     wide = {"vocab_size": 2, "max_position_embeddings": 256, "n_positions": 256,

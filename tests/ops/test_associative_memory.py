@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.ops.associative_memory import delta_corrections, fading, final_state, read_all, read_rows
+from pretrain.ops.gated_memory import CHUNK, FLOOR, read_gated
 from pretrain.ops.phase import causal_taps, last_inputs, phase_taps, rotate
 
 B, K, V = 2, 6, 5
@@ -21,7 +22,7 @@ def token_by_token(q, k, v, decay, resets, mask, initial, rate=None):
     reads = []
     for t in range(k.shape[1]):
         real = mask[:, t, None, None].bool()
-        lam = decay if not torch.is_tensor(decay) else decay[:, t, None, None]
+        lam = decay[:, t].view(B, -1, 1) if torch.is_tensor(decay) else decay
         faded = torch.where(resets[:, t, None, None] & real, 0.0, lam * state)
         value = v[:, t] if rate is None else rate[:, t, None] * (v[:, t] - (faded * k[:, t, :, None]).sum(1))
         state = torch.where(real, faded + k[:, t, :, None] * value[:, None], state)
@@ -75,6 +76,34 @@ def test_gradients_equal_those_of_the_definition(delta):
                  for r, s in (found, expected))
     for a, b in zip(got, want, strict=True):
         assert (a is None) == (b is None) and (a is None or float((a - b).abs().max()) < 1e-11)
+
+
+@settings(deadline=None, derandomize=True, max_examples=40)
+@given(length=st.integers(1, 40), chunk=st.integers(1, CHUNK), carried=st.booleans(), seed=st.integers(0, 99))
+def test_a_gated_memory_equals_its_definition_with_its_gradients(length, chunk, carried, seed):
+    q, k, v, resets, mask, _, _, initial = draw(length, seed)
+    logs = torch.rand(B, length, K, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 1.2 * FLOOR
+    inputs = [x.requires_grad_() for x in (q, k, v, logs, *((initial,) if carried else ()))]
+    first = initial if carried else None
+    found = read_gated(q, k, v * mask[..., None], logs, resets=resets, mask=mask, initial=first, chunk=chunk)
+    decay = torch.where(mask[..., None], logs.clamp(min=FLOOR).exp(), 1.0)
+    expected = token_by_token(q, k, v, decay, resets, mask, first)
+    pull = torch.sin(torch.arange(found[0].numel(), dtype=torch.float64)).view_as(found[0])
+    got, want = (torch.autograd.grad((r * pull).sum() + s.square().sum(), inputs) for r, s in (found, expected))
+    for a, b in zip((*found, *got), (*expected, *want), strict=True):
+        assert float((a - b).detach().abs().max()) < 1e-11
+
+
+def test_a_gated_memory_stays_finite_where_everything_is_forgotten_at_once():
+    q, k, v = (torch.randn(1, 3 * CHUNK, 8, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    logs = torch.full_like(q, -1e4).requires_grad_()
+    reads, _ = read_gated(q, k.requires_grad_(), v, logs)
+    exact, _ = read_gated(q.double(), k.double(), v.double(), logs.double())
+    assert float((reads - exact).abs().max() / exact.abs().max()) < 1e-5
+    reads.sum().backward()
+    assert bool(k.grad.isfinite().all())
+    with pytest.raises(ValueError, match="at most 16"):
+        read_gated(q, k, v, logs, chunk=17)
 
 
 def test_long_memories_keep_their_faint_parts_in_fp32():

@@ -12,6 +12,10 @@ if TYPE_CHECKING:
 
 CHUNK = 64
 """Tokens a chunk of a matrix memory read at every token (`pretrain.ops.associative_memory`)."""
+GATED_CHUNK = 16
+"""The same of rule gated, at any number of rows (`pretrain.ops.gated_memory`)."""
+FADE_RANK = 16
+"""Width between content and the decays of a gated memory."""
 _FP32 = 4
 
 
@@ -51,7 +55,8 @@ def _readout_parameters(cfg: AFRBConfig) -> int:
 def _matrix_parameters(cfg: AFRBConfig) -> int:
     d, maps = cfg.hidden_size, 2 if cfg.pvm_separate_query else 1
     taps = cfg.pvm_address_taps * cfg.pvm_dk if cfg.pvm_phase_clock == "learned" else 0
-    return maps * d * cfg.pvm_dk + 2 * d * cfg.pvm_dv + taps + 1 + _gate_parameters(cfg)
+    fade = FADE_RANK * d + (FADE_RANK + 1) * key_width(cfg) if cfg.pvm_rule == "gated" else 0
+    return maps * d * cfg.pvm_dk + 2 * d * cfg.pvm_dv + taps + 1 + _gate_parameters(cfg) + fade
 
 
 def key_width(cfg: AFRBConfig) -> int:
@@ -80,14 +85,16 @@ def _matrix_flops(cfg: AFRBConfig, seq_len: int) -> float:
     whiten = 3 * 2 * d * d
     maps = 2 * d * dk * (2 if cfg.pvm_separate_query else 1) + 4 * d * dv
     content = 2 * 2 * dk * cfg.pvm_content_frequencies if cfg.pvm_phase_clock == "content" else 0
-    size = min(CHUNK, seq_len)
+    gated = cfg.pvm_rule == "gated"
+    size = min(GATED_CHUNK if gated else CHUNK, seq_len)
+    fade = 2 * FADE_RANK * (d + k) if gated else 0
     filled = -(-seq_len // size) * size / seq_len  # the last chunk is computed whole
     read = filled * (2 * size * (k + dv) + 4 * k * dv)
     delta = 0.0
     if cfg.pvm_rule == "delta":
         sizes = [min(CHUNK, seq_len - start) for start in range(0, seq_len, CHUNK)]
         delta = sum(2 * s * s * k + 4 * s * k * dv for s in sizes) / seq_len
-    return whiten + maps + content + read + delta + 2 * d * cfg.vocab_size
+    return whiten + maps + content + read + delta + fade + 2 * d * cfg.vocab_size
 
 
 def activation_bytes(cfg: AFRBConfig, seq_len: int, scored: int, *, element_bytes: int, checkpointing: bool) -> float:
@@ -145,6 +152,13 @@ def _gate_kept(cfg: AFRBConfig) -> int:
     return 4 * _gate_channels(cfg) + (cfg.hidden_size if cfg.pvm_gate_marks else 0)
 
 
+def _fade_kept(cfg: AFRBConfig, rows: float) -> float:
+    """Numbers that rule gated keeps a token: decays, what they make of keys and queries, the chunks' states."""
+    asked = 3.5 if rows < 1 else 0.0  # queries are put where they stand
+    keys = key_width(cfg)
+    return (10.5 + asked) * keys + 3.3 * keys * cfg.pvm_dv / GATED_CHUNK + FADE_RANK + 2 * GATED_CHUNK
+
+
 def _memory_bytes(cfg: AFRBConfig, seq_len: int, scored: int, e: int) -> float:
     """Memory and readout: a part of every token, and a part of every row that is read at."""
     if cfg.readout_from != "pvm":
@@ -155,7 +169,8 @@ def _memory_bytes(cfg: AFRBConfig, seq_len: int, scored: int, e: int) -> float:
         gate = _gate_kept(cfg)
         delta = 4 * cfg.pvm_dv + CHUNK if cfg.pvm_rule == "delta" else 0
         scores = 2 * CHUNK if rows == 1 else 3 * seq_len  # single rows are not read chunk by chunk
-        return _FP32 * (2 * d + gate + cfg.pvm_dk + keys + cfg.pvm_dv + delta
+        fade = _fade_kept(cfg, rows) if cfg.pvm_rule == "gated" else 0
+        return _FP32 * (2 * d + gate + cfg.pvm_dk + keys + cfg.pvm_dv + delta + fade
                         + rows * (1.1 * d + 4.8 * cfg.pvm_dv + scores))
     if cfg.readout_mode == "state":
         return _FP32 * d + rows * (1.75 * d * e + _FP32 * (2 + n) * d)

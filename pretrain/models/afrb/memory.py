@@ -20,9 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pretrain.models.afrb.counts import FADE_RANK, key_width
 from pretrain.models.afrb.phase import Scalar, Tokens, WriteGate, exact, frequencies, masked, tap_angles
 from pretrain.models.afrb.schema import AFRBConfig
 from pretrain.ops.associative_memory import delta_corrections, fading, final_state, read_all, read_rows, wide
+from pretrain.ops.gated_memory import read_gated
 from pretrain.ops.phase import causal_taps, last_inputs, phase_taps, rotate
 
 _RIDGE = 1e-3
@@ -124,6 +126,30 @@ class ContentPhases(nn.Module):
         return torch.cat([phases.cos(), phases.sin()], -1) / math.sqrt(self.directions.shape[0])
 
 
+class ContentDecay(nn.Module):
+    """Log decay of each row of the state, log(sigmoid(U D u + b)) / 16: gated linear attention, arXiv:2312.06635.
+
+    U starts at 0 and b so high that little is forgotten.
+    """
+
+    def __init__(self, cfg: AFRBConfig) -> None:
+        super().__init__()
+        self.start = cfg.pvm_fade_init
+        self.down = nn.Parameter(torch.empty(FADE_RANK, cfg.hidden_size))
+        self.up = nn.Parameter(torch.empty(key_width(cfg), FADE_RANK))
+        self.bias = nn.Parameter(torch.empty(key_width(cfg)))
+
+    def reset_parameters(self) -> None:
+        """Every row fades alike."""
+        _normal(self.down)
+        nn.init.zeros_(self.up)
+        nn.init.constant_(self.bias, self.start)
+
+    def forward(self, u: Tensor) -> Tensor:
+        """[B, T, D] -> [B, T, K], at most 0."""
+        return F.logsigmoid(u @ self.down.to(u.dtype).T @ self.up.to(u.dtype).T + self.bias.to(u.dtype)) / 16
+
+
 class MatrixMemory(nn.Module):
     """See the module's docstring. Arithmetic in fp32, fp64 where the tables are."""
 
@@ -139,6 +165,7 @@ class MatrixMemory(nn.Module):
         self.taps = nn.Parameter(torch.empty(cfg.pvm_address_taps, dk)) if learned else None
         self.log_scale = Scalar(math.log(cfg.pvm_scale or 1.0))
         self.gate = WriteGate.of(cfg, width)
+        self.fade = ContentDecay(cfg) if cfg.pvm_rule == "gated" else None
         content = cfg.pvm_phase_clock == "content"
         self.phases = ContentPhases(dk, cfg.pvm_content_frequencies, cfg.pvm_content_sigma) if content else None
         self.register_buffer("turn", frequencies(cfg.pvm_omega_mode, dk, cfg.omega))
@@ -183,26 +210,45 @@ class MatrixMemory(nn.Module):
             keys = self._keys(features, tokens, state)
             seen = None if self.gate is None else self.gate.channels(u)
             values, share = self._values(output_rows), self._share(seen, tokens, state, u.dtype)
-            batch, length = values.shape[:2]
-            fades = fading(batch, length, self.cfg.pvm_beta, resets=tokens.resets, mask=tokens.real,
-                           device=values.device)
-            first = None if state is None else state.matrix
-            if self.cfg.pvm_rule == "delta":
-                rate = self.cfg.pvm_delta_rate * (1.0 if share is None else share[..., 0])
-                values = delta_corrections(keys, values, rate, fades, first)
-            elif share is not None:
+            if share is not None and self.cfg.pvm_rule != "delta":
                 values = values * share
+            first = None if state is None else state.matrix
             head = self._read_head(asked, tokens, rows, state, controls.get("phase_freeze", 0.0))
             queries = self._features(head.address)
-            if rows is None:
-                reads, matrix = read_all(queries, keys, values, fades, first)
+            if self.fade is not None:
+                reads, matrix = self._read_fading(queries, rows, keys, values, self.fade(u), tokens, first)
             else:
-                reads = read_rows(queries, rows, keys, values, fades, first)
-                matrix = final_state(keys, values, fades, first) if keep_state else None
+                reads, matrix = self._read(queries, rows, keys, values, share, tokens, first, keep_state=keep_state)
             after = None
             if keep_state and matrix is not None:
                 after = self._after(matrix, embedded, features, seen, head, state)
             return self._say(reads, controls, after)
+
+    def _read(self, queries: Tensor, rows: Tensor | None, keys: Tensor, values: Tensor, share: Tensor | None,
+              tokens: Tokens, first: Tensor | None, *, keep_state: bool) -> tuple[Tensor, Tensor | None]:
+        """Rules hebb and delta: (what is found, the state after the last token where it is kept)."""
+        batch, length = values.shape[:2]
+        fades = fading(batch, length, self.cfg.pvm_beta, resets=tokens.resets, mask=tokens.real, device=values.device)
+        if self.cfg.pvm_rule == "delta":
+            rate = self.cfg.pvm_delta_rate * (1.0 if share is None else share[..., 0])
+            values = delta_corrections(keys, values, rate, fades, first)
+        if rows is None:
+            return read_all(queries, keys, values, fades, first)
+        return (read_rows(queries, rows, keys, values, fades, first),
+                final_state(keys, values, fades, first) if keep_state else None)
+
+    def _read_fading(self, queries: Tensor, rows: Tensor | None, keys: Tensor, values: Tensor, log_decay: Tensor,
+                     tokens: Tokens, first: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Rule gated. Every chunk's state is formed, so single rows are read as all are."""
+        every = queries
+        if rows is not None:
+            places = rows[..., None].expand(-1, -1, queries.shape[-1])
+            every = torch.zeros_like(keys).scatter(1, places, queries.to(keys.dtype))
+        reads, matrix = read_gated(every, keys, values, log_decay, resets=tokens.resets, mask=tokens.real,
+                                   initial=first)
+        if rows is not None:
+            reads = reads.gather(1, rows[..., None].expand(-1, -1, reads.shape[-1]))
+        return reads, matrix
 
     def _unit(self, rows: Tensor) -> Tensor:
         """Rows at norm sqrt(D)."""

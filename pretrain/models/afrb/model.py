@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Generation
 from pretrain.models.afrb.backbone import Backbone, BackboneHFConfig, OutputTable, freeze
 from pretrain.models.afrb.block import BlockControls, BlockOutput, ResonantBlock
 from pretrain.models.afrb.infonce import infonce
-from pretrain.models.afrb.memory import ContentPhases, MatrixMemory, MatrixOutput
+from pretrain.models.afrb.memory import ContentDecay, ContentPhases, MatrixMemory, MatrixOutput
 from pretrain.models.afrb.phase import Tokens, WriteGate, pick, token_layout
 from pretrain.models.afrb.readout import ReadoutOutput, VectorReadout
 from pretrain.models.afrb.schema import AFRBConfig
@@ -92,7 +92,7 @@ class AFRBForCausalLM(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, (ResonantBlock, MatrixMemory, VectorReadout, WriteGate, ContentPhases)):
+        if isinstance(module, (ResonantBlock, MatrixMemory, ContentDecay, VectorReadout, WriteGate, ContentPhases)):
             module.reset_parameters()
         elif isinstance(module, nn.LayerNorm):
             nn.init.ones_(module.weight)

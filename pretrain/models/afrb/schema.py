@@ -96,7 +96,11 @@ class AFRBConfig(ModelConfig):
     pvm_address_decay: float = Field(1.0, gt=0, le=1, description="weight of each token of an address over the next")
     pvm_content_frequencies: int = Field(256, ge=1, le=1 << 20, description="content: number of random phases")
     pvm_content_sigma: float = Field(2.5, gt=0, le=100, description="content: how sharply addresses must match")
-    pvm_rule: Literal["hebb", "delta"] = Field("hebb", description="matrix: add values, or what is missing of them")
+    pvm_rule: Literal["hebb", "delta", "gated"] = Field(
+        "hebb", description="matrix: add values, or what is missing of them, or add and let each row of the state fade "
+        "as content says (gated linear attention)")
+    pvm_fade_init: float = Field(6.0, ge=-20, le=20, description="gated: initial logit of what a row keeps a token, of "
+                                 "which it keeps the 16th root; 0 is the published one and forgets in tens of tokens")
     pvm_delta_rate: float = Field(0.1, gt=0, le=1, description="delta: share of what is missing")
     pvm_separate_query: bool = Field(False, description="matrix: a projection of its own for queries")
     pvm_init: Literal["structured", "random"] = Field(
@@ -197,6 +201,9 @@ class AFRBConfig(ModelConfig):
         if self.pvm_read == "step" and self.pvm_phase_clock not in ("token", "content"):
             raise ConfigError("model.pvm_read", f"step turns by one token's phase, which model.pvm_phase_clock "
                               f"{self.pvm_phase_clock} does not have; use clock token or content, or read chain")
+        if self.pvm_rule == "gated" and (self.pvm_beta < 1 or self.pvm_read == "step"):
+            raise ConfigError("model.pvm_rule", "gated learns what it keeps and reads at the tokens asked; use "
+                              "model.pvm_beta 1 and model.pvm_read chain")
         if self.adaptive_omega and self.phase_mode == "none":
             raise ConfigError("model.adaptive_omega", "learns phase frequencies, but model.phase_mode is none")
         if self.adaptive_omega and not self.omega_min <= self.omega <= self.omega_max:
