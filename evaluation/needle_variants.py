@@ -72,9 +72,16 @@ def _retentions(model: ModelConfig) -> Iterator[Variant]:
 
 @torch.no_grad()
 def rebuilt(target: Target, changes: Mapping[str, Any]) -> Target:
-    """The target's model with other keys of its schema, and its own weights wherever both have them."""
+    """The target's model with other keys of its schema, and its own weights wherever both have them.
+
+    What only the changed model has comes from where a fresh run takes it, `train.init_from` or not: that run's weights
+    are those of the unchanged model.
+    """
     assert target.config is not None
-    config = target.config.model_copy(update={"model": target.config.model.model_copy(update=dict(changes))})
+    own_config = target.config
+    config = own_config.model_copy(update={
+        "model": own_config.model.model_copy(update=dict(changes)),
+        "train": own_config.train.model_copy(update={"init_from": None})})
     model = untrained(config, target.device)
     own, theirs = model.state_dict(), target.model.state_dict()
     for name, value in own.items():

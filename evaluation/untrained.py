@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
@@ -9,6 +11,7 @@ from transformers import PreTrainedModel
 from pretrain.config.registry import FAMILIES, resolve
 from pretrain.config.run import RunConfig
 from pretrain.data.open import open_training
+from pretrain.engine.consolidate import load_initial_weights
 from pretrain.engine.distributed import World
 from pretrain.engine.views import FamilyStartContext
 from pretrain.models.base import BuildContext, Family, Hooks
@@ -22,6 +25,8 @@ def untrained(config: RunConfig, device: torch.device) -> PreTrainedModel:
     family: Family = resolve(FAMILIES, config.model.family, "model.family")
     model = family.build(config.model, BuildContext(seed=config.seed, document_masking=config.data.document_masking))
     model = model.to(device).eval()
+    if config.train.init_from:
+        load_initial_weights(model, Path(config.train.init_from), partitioned=False)
     hooks = family.hooks(config)
     if type(hooks).before_engine is not Hooks.before_engine:
         alone = World(rank=0, local_rank=0, size=1, device=device, control=None, store=dist.HashStore())

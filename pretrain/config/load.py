@@ -1,7 +1,8 @@
 """From files and `--set` to a validated config, with the origin of every value.
 
 A config is YAML. `extends:` names a preset, a file (relative to the one that says so) or a list of them; later ones
-win, the file itself wins over all of them, and `--set a.b=value` over the file. Everything wrong is reported at once.
+win, the file itself wins over all of them, and `--set a.b=value` over the file. Of the model, what none of them says is
+that of `train.init_from`. Everything wrong is reported at once.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pretrain.config.inherit import inherit_model
 from pretrain.config.merge import Layered, apply_sets
 from pretrain.config.model import Section
 from pretrain.config.presets import display_path, preset_path
@@ -31,7 +33,7 @@ class LoadedConfig:
     config: RunConfig
     values: dict[str, Any]
     origins: dict[str, str]
-    """Dotted key -> "default", a file, or "--set"."""
+    """Dotted key -> "default", a file, "--set", or "train.init_from (FOLDER)"."""
 
 
 def load_run_config(target: str | Path, sets: Sequence[str] = ()) -> LoadedConfig:
@@ -47,6 +49,7 @@ def load_yaml_model(model: type[S], path: str | Path, sets: Sequence[str] = ()) 
     layered = Layered()
     _lay_file(layered, model, path, ())
     problems = apply_sets(layered, model, sets)
+    inherit_model(layered, model)
     problems += booleans_as_numbers(model, layered, where)
     instance, found = collect(lambda: model.model_validate(layered.values), model, layered, where)
     problems += found

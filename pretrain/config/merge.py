@@ -39,6 +39,10 @@ class Layered:
         """
         self._lay(schema, self.values, over, (), origin, lines)
 
+    def mark(self, path: Key, value: Any, origin: str) -> None:
+        """Note where a value that was put into `values` came from."""
+        self._mark(path, value, origin, {})
+
     def assign(self, schema: type[Section], path: Key, value: Any, origin: str) -> None:
         """Set one value; numbers in `path` are indices of lists that exist already."""
         annotation: Any = schema

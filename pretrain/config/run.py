@@ -82,7 +82,8 @@ class TrainConfig(Section):
         "warn", description="loss far above its running median: say so, drop the update, or go back to the checkpoint "
         "before it and on after it")
     max_rewinds: int = Field(3, ge=1, description="returns to one and the same step before exit 4")
-    init_from: str | None = Field(None, description="export folder or checkpoint to take weights from (nothing else)")
+    init_from: str | None = Field(None, description="run, checkpoint or export to take weights from, and of the model "
+                                  "what this config leaves open; nothing else")
     resume: Literal["auto", "never"] = Field("auto", description="auto: go on from the newest checkpoint of the run")
     target_perplexity: float | None = Field(None, gt=1, description="stop once validation perplexity is at or below")
     patience: int | None = Field(None, ge=1, description="stop after this many evaluations without improvement")

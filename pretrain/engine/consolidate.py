@@ -67,7 +67,8 @@ def weights_at(source: Path, key: str) -> dict[str, torch.Tensor]:
 def load_initial_weights(model: PreTrainedModel, source: Path, *, partitioned: bool) -> None:
     """Copy weights, and nothing else, from an export, a checkpoint or a run into a built model (`train.init_from`).
 
-    Every parameter of the model must be there with its shape. Raises UserError naming the first that is not.
+    Every parameter of the model must be there with its shape; what the model has no place for is told and left out.
+    Raises UserError naming the first that is not.
     """
     from deepspeed.runtime.zero import GatheredParameters
     weights = weights_at(source, "train.init_from")
@@ -85,4 +86,9 @@ def load_initial_weights(model: PreTrainedModel, source: Path, *, partitioned: b
     for name, buffer in model.named_buffers():
         if name in weights:
             buffer.copy_(weights[name].to(buffer.dtype))
+    known = {name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())}
+    spare = sorted(weights.keys() - known)
+    if spare:
+        _log.warning("train.init_from: %s holds %d weights that this model has no place for, %s first; left out",
+                     source, len(spare), spare[0])
     _log.info("weights taken from %s", source)

@@ -1,11 +1,13 @@
-"""Whether weights from elsewhere (`train.init_from`, say) mean by a token id what the data mean."""
+"""Weights from elsewhere (`train.init_from`, say): whether token ids mean the same, what model came with them."""
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from data_prep.manifest import TOKENIZER, Manifest
-from pretrain.config.load import load_run_config
+from pretrain.config.inherit import told_of_model
+from pretrain.config.load import LoadedConfig, load_run_config
 from pretrain.config.source import PairsConfig, ShardsConfig
 from pretrain.data.batch import SampleSource
 from pretrain.data.open import parts_of
@@ -13,6 +15,8 @@ from pretrain.engine.consolidate import find_checkpoint
 from pretrain.errors import PretrainError, UserError
 from pretrain.runfolder.layout import RunFolder
 from pretrain.runfolder.publish import hash_file
+
+_log = logging.getLogger("pretrain")
 
 
 def check_initial(init_from: Path, source: SampleSource, key: str = "train.init_from") -> None:
@@ -45,3 +49,13 @@ def trained_tokenizer(weights: Path) -> str | None:
         return Manifest.read(Path(source.path)).tokenizer_sha256
     except PretrainError:  # a checkpoint that was moved away from its run, or a run from its data
         return None
+
+
+def tell_initial(loaded: LoadedConfig) -> None:
+    """Log what of the model came with the weights of `train.init_from`, and warn of what this config has otherwise."""
+    source = loaded.config.train.init_from
+    inherited, differ = told_of_model(loaded.config.model, loaded.origins, Path(str(source)))
+    if inherited:
+        _log.info("train.init_from: as in %s: %s", source, ", ".join(inherited))
+    if differ:
+        _log.warning("train.init_from: %s has it otherwise, this config is used: %s", source, ", ".join(differ))

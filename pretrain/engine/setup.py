@@ -30,7 +30,7 @@ from pretrain.engine.claim import Claim, check_changes, check_data, take_over
 from pretrain.engine.consolidate import load_initial_weights
 from pretrain.engine.distributed import World
 from pretrain.engine.evaluator import Evaluator
-from pretrain.engine.initial import check_initial
+from pretrain.engine.initial import check_initial, tell_initial
 from pretrain.engine.keeping import Keeper
 from pretrain.engine.mirror import Mirror
 from pretrain.engine.outofmemory import memory_told
@@ -102,6 +102,7 @@ def prepare(loaded: LoadedConfig, world: World, claim: Claim, evaluators: Sequen
     lengths = world.all_or_none(lambda: Lengths.of(config, batch, data.epoch_samples))
     if config.train.init_from and claim.resume is None:
         world.all_or_none(lambda: check_initial(Path(str(config.train.init_from)), data.source))
+        world.on_main(lambda: tell_initial(loaded))
     rng.seed_all(config.seed, world.rank)
     told = partial(memory_told, config=config, batch=batch, precision=precision, world=world)
     with told("building the model"):

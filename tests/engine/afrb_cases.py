@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ import torch.distributed as dist
 from evaluation.needle import NeedleEvaluator
 from evaluation.phase import PhaseEvaluator
 from pretrain.config.interval import Interval
+from pretrain.engine.consolidate import find_checkpoint, load_weights
 from pretrain.engine.distributed import World
+from pretrain.errors import UserError
 from pretrain.monitor.rows import read_metrics
 from pretrain.ops.linear_recurrence import linear_recurrence
 from tests.engine.running import finish, run, start
@@ -114,6 +117,38 @@ def frozen_map(world: World, folder: Path) -> dict[str, Any]:
     return found
 
 
+def finetuned(world: World, folder: Path) -> dict[str, Any]:
+    """A new run from the weights of one with memory: its config names the family only, or one key otherwise."""
+    teacher = folder.parent / "afrb_frozen_map" / "runs" / "vector-0"
+    wanted = load_weights(find_checkpoint(teacher))
+    rest = {"data": NEEDLES, "objective": {"name": "needle"}, "batch": {"global_batch_size": 8},
+            "train": {"length": "2 steps", "init_from": str(teacher)}}
+    found: dict[str, Any] = {}
+    log = logging.getLogger("pretrain")
+    level = log.level
+    for name, model in (("bare", {}), ("otherwise", {"alpha": 0.5}),
+                        ("less", {"enable_pvm": False, "readout_from": "none", "kiss_ridge_calib": False})):
+        said: list[str] = []
+        handler = logging.Handler()
+        handler.emit = lambda record, said=said: said.append(f"{record.levelname} {record.getMessage()}")  # type: ignore
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+        trainer = start(world, folder, name, model={"family": "afrb", **model}, **rest)
+        log.setLevel(level)
+        log.removeHandler(handler)
+        cfg, engine = trainer.config.model, trainer.engine
+        equal = all(torch.equal(engine.read(n), wanted[n].float()) for n, _ in engine.model.named_parameters())
+        found[name] = {"blocks": cfg.n_afrb, "alpha": cfg.alpha, "pvm": cfg.enable_pvm, "step": trainer.state.step,
+                       "equal": equal, "said": [line for line in said if "init_from" in line]}
+        trainer.train()
+        found[name]["losses"] = finish(trainer)
+    try:
+        start(world, folder, "misfit", model={"family": "afrb", "backbone": {"hf_config": LLAMA}}, **rest)
+    except UserError as error:
+        found["misfit"] = str(error)
+    return found
+
+
 def built_in_parts(world: World, folder: Path) -> dict[str, Any]:
     """Weights partitioned while they are built: initialised, whitened and calibrated all the same."""
     found = {}
@@ -151,4 +186,4 @@ def evaluated(world: World, folder: Path) -> dict[str, Any]:
 
 EVERYWHERE = {"sequence_parallel": sequence_parallel, "afrb_needles": needles}
 CASES = {**EVERYWHERE, "afrb_frozen_map": frozen_map, "afrb_built_in_parts": built_in_parts,
-         "afrb_evaluated": evaluated}
+         "afrb_evaluated": evaluated, "afrb_finetuned": finetuned}

@@ -61,3 +61,20 @@ def test_weights_partitioned_as_they_are_built_are_whole_for_what_comes_before_t
     assert all(each["parts"] for each in found.values()) and all(len(each["losses"]) == 4 for each in found.values())
     assert found["matrix"]["orthogonal"] < 1e-4 and found["matrix"]["whitened"] > 0.1
     assert found["matrix"]["scale"] >= 10 and found["vector"]["spread"] > 1e-3
+
+
+def test_a_new_run_from_weights_is_of_their_model_but_for_what_its_config_says(two: dict[str, Any]) -> None:
+    """Blocks, memory and the calibrated map come along, step and optimizer do not; other shapes are refused."""
+    found = case(two, "afrb_finetuned")
+    bare, otherwise, less = found["bare"], found["otherwise"], found["less"]
+    assert (bare["blocks"], bare["alpha"], bare["pvm"], bare["step"], bare["equal"]) == (2, 0.04, True, 0, True)
+    assert len(bare["losses"]) == 2 and not any(line.startswith("WARNING") for line in bare["said"])
+    told = next(line for line in bare["said"] if "as in" in line)
+    assert "model.n_afrb 2" in told and "model.enable_pvm true" in told
+    assert (otherwise["blocks"], otherwise["alpha"], otherwise["equal"]) == (2, 0.5, True)
+    warned = next(line for line in otherwise["said"] if line.startswith("WARNING"))
+    assert "model.alpha is 0.04 there, 0.5 here" in warned and "n_afrb" not in warned
+    assert not less["pvm"] and less["equal"], "what is left out on purpose is left out"
+    warned = " ".join(line for line in less["said"] if line.startswith("WARNING"))
+    assert "model.enable_pvm is true there, false here" in warned and "no place for" in warned
+    assert "train.init_from" in found["misfit"] and "of another model" in found["misfit"]
