@@ -76,7 +76,7 @@ class UpdateHandle(Protocol):
         """Random state of CPU and device, to replay a forward."""
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
-        """Accumulate gradients, averaged over ranks and not divided by the number of micro-batches. One per forward."""
+        """Accumulate gradients of all forwards in this loss, averaged over ranks, not divided by micro-batches."""
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """[b, ...] of every rank -> [world * b, ...] in rank order, without gradient."""

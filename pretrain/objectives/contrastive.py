@@ -42,7 +42,7 @@ class _Pass:
     states: list[object]
     """Random state before each chunk; empty where the outputs are kept."""
     outputs: list[Tensor]
-    """Packed vectors with their graphs; empty where the chunks are run again."""
+    """Packed vectors of each chunk with their graphs; empty where the chunks are run again."""
     figures: dict[str, Tensor]
     gradient: Tensor = field(default_factory=lambda: torch.empty(0))
     """[texts, D]: of the update's loss, times what undoes the averaging over ranks."""
@@ -91,9 +91,10 @@ class Contrastive:
         return UpdateResult(loss, {**metrics, "temperature": at}, finite=True)
 
     def _forward(self, handle: UpdateHandle, texts: Texts, size: int) -> _Pass:
-        """The vectors of all texts: in chunks without gradient, or of all at once with it."""
+        """The vectors of all texts, in chunks: without gradient, or with the graphs kept."""
         cached = self.config.grad_cache
-        chunks = texts.chunks(size) if cached else [texts.stacked()]
+        # The published code pads all texts alike, and its vectors depend on the padding.
+        chunks = [texts.stacked()] if self.config.profile == "compat" and not cached else texts.chunks(size)
         states: list[object] = []
         packed: list[Tensor] = []
         figures: dict[str, list[Tensor]] = {}
@@ -141,9 +142,11 @@ class Contrastive:
                 **figures}
 
     def _backward(self, handle: UpdateHandle, current: _Pass, *, last: bool) -> None:
-        """Carry the gradient by the vectors into the weights; one backward a forward."""
+        """Carry the gradient by the vectors into the weights."""
         if current.outputs:
-            handle.backward((current.outputs[0] * current.gradient).sum(), last=last)
+            parts = zip(current.outputs, current.chunks, strict=True)
+            handle.backward(torch.stack([(output * current.gradient[chunk.rows]).sum() for output, chunk in parts]).sum(),
+                            last=last)
             return
         for number, (chunk, state) in enumerate(zip(current.chunks, current.states, strict=True)):
             vectors = current.layout.pack(handle.forward(chunk.batch, grad=True, rng=state))

@@ -101,6 +101,8 @@ def contrastive(world: World, folder: Path) -> dict[str, Any]:
         return found
     uncached = sections(objective={"grad_cache": False}, zero_stage=2, activation_checkpointing=True)
     found["recomputed, uncached"] = figures(world, folder, "uncached", uncached)
+    found["uncached, stage 3"] = figures(world, folder, "uncached3",
+                                         sections(objective={"grad_cache": False}, zero_stage=3))
     trainer = start(world, folder, "init", **sections(zero_stage=3, zero3_init="on", activation_checkpointing=True))
     read = trainer.engine.read
     spread = {name: read(name).std().item() for name, _ in trainer.engine.model.named_parameters() if _.ds_numel > 99}
