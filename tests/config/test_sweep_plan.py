@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from pretrain.config.load import load_run_config
+from pretrain.config.load import load_run_config, load_yaml_model
+from pretrain.config.presets import configs_dir
 from pretrain.config.sweep import SweepConfig
 from pretrain.errors import ConfigError
 
@@ -54,3 +55,20 @@ def test_one_preset_without_variants_is_its_own_row() -> None:
 def test_what_makes_no_table_is_refused(values: dict[str, Any], told: str) -> None:
     with pytest.raises((ValidationError, ConfigError), match=told):
         config(**values)
+
+
+def test_every_sweep_file_names_runs_that_are_there_or_will_be() -> None:
+    """Its runs load, its nulls are trained by the command in its head, and where it goes on is a run of another one."""
+    files = {file: load_yaml_model(SweepConfig, file)[0] for file in sorted((configs_dir() / "sweeps").glob("*.yaml"))}
+    assert len(files) >= 6
+    made = {f"{sweep.runs_dir}/{sweep.name}/{run.name}": run.seed for sweep in files.values() for run in sweep.runs()}
+    for file, sweep in files.items():
+        assert sweep.name == file.stem and sweep.seeds == [41, 42, 43]
+        for run in sweep.runs():
+            loaded = load_run_config(run.target, run.sets).config
+            assert loaded.seed == run.seed == loaded.data.source.seed
+            if loaded.train.init_from is not None:
+                assert made[loaded.train.init_from] == run.seed
+            for words in sweep.evaluations(run):
+                null = words[words.index("--null") + 1].removeprefix("runs/")
+                assert f"name={null}" in file.read_text() or f"train {null}" in file.read_text()
