@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from evaluation import needle, perplexity
+from evaluation.brackets import bracketed
 from evaluation.needle import Answers
 from evaluation.needle_controls import (
     ITSELF,
@@ -215,13 +216,11 @@ class _Asked:
         if self.request.data is None:
             return {}
         source, _ = open_data(self.target, self.request)
-        found = {}
-        for name, model in (("this model", self.target), *((v.name, t) for v, t in variants(self.target, sweep=False))):
-            batches = eval_batches(source, rank=0, world=1, batch_size=self.batch_size,
-                                   max_samples=self.request.max_windows)
-            sums = perplexity.tally(model.forward, batches, model.device)
-            found[name] = perplexity.figures(sums, has_bytes=False).metrics["val/perplexity"].value
-        return found
+        batches = list(eval_batches(source, rank=0, world=1, batch_size=self.batch_size,
+                                    max_samples=self.request.max_windows))
+        own = perplexity.figures(perplexity.tally(self.target.forward, batches, self.target.device), has_bytes=False)
+        return {"this model": own.metrics["val/perplexity"].value,
+                **{name: metric.value for name, _, metric in bracketed(self.target, batches)}}
 
     def findings(self, rates: dict[str, Rate], result: EvalResult, failed: dict[str, float], split: str
                  ) -> list[str]:

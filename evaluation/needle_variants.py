@@ -34,6 +34,8 @@ VARIANTS = (
     Variant("backbone", "no adapter, attention on: the untouched backbone", {**_BARE, "disable_attn": False}),
     Variant("attention_on", "this adapter with the backbone's attention",
             {"disable_attn": False, "kiss_ridge_calib": False}),
+    Variant("attention_off", "this adapter without the backbone's attention",
+            {"disable_attn": True, "kiss_ridge_calib": False}),
 )
 
 

@@ -14,6 +14,7 @@ import torch
 
 from evaluation import perplexity
 from evaluation.baselines import ngram_baselines
+from evaluation.brackets import bracketed
 from evaluation.generate import Limits, generate
 from evaluation.perplexity import ValidationData, read_token_bytes
 from evaluation.results import MetricRecord, NGramRecord, Results, TextSample, records
@@ -51,7 +52,7 @@ class Request:
     max_new_tokens: int = 128
     seed: int = 0
     controls: bool = False
-    """Task needle: run every control as well."""
+    """Tasks needle and perplexity: run every control as well."""
     null: str | None = None
     """Task needle: a run of the matched adapter without memory."""
     sets: tuple[str, ...] = ()
@@ -65,7 +66,8 @@ class Request:
 def evaluate_perplexity(target: Target, request: Request, command: list[str]) -> Results:
     """Loss, perplexity, bits per byte and accuracy, with n-gram baselines and texts where asked for.
 
-    On a run's own validation data, without `max_windows`, it evaluates the very windows that training evaluates.
+    On a run's own validation data, without `max_windows`, it evaluates the very windows that training evaluates. With
+    `controls`, perplexities of `bracketed` stand beside it.
 
     Raises:
         UserError: no language model, no data, or data made with another tokenizer.
@@ -79,8 +81,12 @@ def evaluate_perplexity(target: Target, request: Request, command: list[str]) ->
     windows = _windows(target, request)
     batches = list(eval_batches(source, rank=0, world=1, batch_size=size, max_samples=windows))
     sums = perplexity.tally(target.forward, batches, target.device, data.token_bytes)
-    result = perplexity.figures(sums, has_bytes=data.token_bytes is not None, seed=request.seed,
-                                prefix=request.split or perplexity.PREFIX)
+    prefix = request.split or perplexity.PREFIX
+    result = perplexity.figures(sums, has_bytes=data.token_bytes is not None, seed=request.seed, prefix=prefix)
+    meanings = {}
+    for name, meaning, metric in bracketed(target, batches, request.seed) if request.controls else ():
+        meanings[name] = meaning
+        result.metrics[f"{prefix}/perplexity/{name}"] = metric
     baselines = _baselines(target, batches, data.token_bytes) if request.baselines else []
     texts = continue_windows(target, source, request) if request.texts else []
     dataset = {"split": "?", "fingerprint": source.fingerprint, "seq_len": seq_len,
@@ -89,7 +95,8 @@ def evaluate_perplexity(target: Target, request: Request, command: list[str]) ->
         dataset |= {"path": str(source.manifest.folder), "split": source.split.name,
                     "fingerprint": source.manifest.fingerprint}
     return Results(task=perplexity.TASK, task_version=perplexity.VERSION, metrics=records(result), baselines=baselines,
-                   samples=texts, dataset=dataset, batch_size=size, seed=request.seed, **about(target, command))
+                   samples=texts, dataset=dataset, batch_size=size, seed=request.seed,
+                   details={"brackets": meanings} if meanings else {}, **about(target, command))
 
 
 def evaluate_gates(target: Target, request: Request, command: list[str]) -> Results:

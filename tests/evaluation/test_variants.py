@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
+import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from evaluation.needle_variants import rebuilt, variants
+from evaluation.offline import Request, evaluate_perplexity
 from evaluation.target import open_target
 from evaluation.untrained import untrained
 from pretrain.config.run import RunConfig
+from pretrain.config.source import DataConfig, ShardsConfig
+from pretrain.data.open import eval_batches, open_source
 
 CPU = torch.device("cpu")
 LLAMA = {"vocab_size": 400, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -19,12 +25,13 @@ LLAMA = {"vocab_size": 400, "hidden_size": 16, "num_hidden_layers": 2, "num_atte
          "tie_word_embeddings": False}
 
 
-def config(folder: Path, name: str, init_from: Path | None = None) -> RunConfig:
+def config(folder: Path, name: str, init_from: Path | None = None, **model) -> RunConfig:
     """An adapter without attention on the backbone that lies in `folder`."""
     return RunConfig.model_validate({
         "name": name, "runs_dir": str(folder / "runs"), "objective": {"name": "causal_lm"},
         "model": {"family": "afrb", "disable_attn": True, "layerscale_init": 0.1,
-                  "backbone": {"weights": str(folder / "backbone"), "hf_config": {"model_type": "llama", **LLAMA}}},
+                  "backbone": {"weights": str(folder / "backbone"), "hf_config": {"model_type": "llama", **LLAMA}},
+                  **model},
         "data": {"seq_len": 16, "source": {"kind": "synthetic", "vocab_size": 400}},
         "batch": {"global_batch_size": 4}, "train": {"init_from": init_from and str(init_from)}})
 
@@ -56,3 +63,35 @@ def test_a_config_that_starts_from_a_run_stands_for_that_runs_weights(tmp_path, 
         assert torch.equal(second.get_parameter(name), value), name
     alone = untrained(config(tmp_path, "alone"), CPU)
     assert not torch.equal(alone.get_input_embeddings().weight, first.get_input_embeddings().weight)
+
+
+def test_a_perplexity_stands_beside_those_of_its_backbone(tmp_path, checkpointed, dataset):
+    """The untouched backbone's is that of the plain transformers model; the memory read empty or not at all too."""
+    torch.manual_seed(7)
+    source = LlamaForCausalLM(LlamaConfig(**LLAMA, initializer_range=0.3)).eval()
+    source.save_pretrained(tmp_path / "backbone")
+    hybrid = config(tmp_path, "hybrid", disable_attn=False, enable_pvm=True)
+    data = DataConfig(source=ShardsConfig(path=str(dataset)), seq_len=32, document_masking=False)
+    folder, _ = checkpointed(hybrid.model_copy(update={"data": data}), seed=3)
+    target = open_target(str(folder.root))
+    with torch.no_grad():
+        for name, value in source.named_parameters():
+            target.model.get_parameter(f"backbone.native.{name}").copy_(value)
+    plain = evaluate_perplexity(target, Request(max_windows=8, seq_len=32), ["test"])
+    assert plain.metrics.keys() == {"val/loss", "val/perplexity", "val/accuracy", "val/bits_per_byte"}
+    results = evaluate_perplexity(target, Request(max_windows=8, seq_len=32, controls=True), ["test"])
+    found = {name.rpartition("/")[2]: metric for name, metric in results.metrics.items() if name.count("/") == 2}
+    assert found.keys() == results.details["brackets"].keys() == {
+        "memory_zero", "readout_off", "backbone_without_attention", "backbone", "attention_off"}
+    assert results.metrics["val/perplexity"] == plain.metrics["val/perplexity"]
+    assert {metric.n for metric in found.values()} == {plain.metrics["val/perplexity"].n}
+    windows = open_source(ShardsConfig(path=str(dataset), split="val"), data)
+    nll, n = 0.0, 0
+    for batch in eval_batches(windows, rank=0, world=1, batch_size=4, max_samples=8):
+        with torch.no_grad():
+            logits = source(batch["input_ids"]).logits
+        nll += float(F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum"))
+        n += int((batch["labels"] != -100).sum())
+    assert found["backbone"].n == n and found["backbone"].value == pytest.approx(math.exp(nll / n), rel=1e-4)
+    values = {round(metric.value, 2) for metric in (plain.metrics["val/perplexity"], *found.values())}
+    assert len(values) == 5, "all are of different models but the two that read nothing"
