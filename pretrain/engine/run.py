@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import re
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -71,6 +72,8 @@ def run_rank(loaded: LoadedConfig, own: RankEnvironment, signals: StopSignals, m
             forget_meeting(meeting)
         claim = claim_run(loaded, world, branch)
         console = setup_logging(log_level, claim.folder.log_file, world.rank)
+        if world.is_main:
+            _log.info("command: pretrain %s", shlex.join(sys.argv[1:]))
         if world.is_main and world.size > 1:
             for line in rank_table(world.peers):
                 _log.info("%s", line)

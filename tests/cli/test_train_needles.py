@@ -79,6 +79,8 @@ def test_the_table_leads_with_the_original_s_columns_and_begins_at_step_0(runs):
 
 def test_the_log_has_what_people_grep(runs):
     log = runs[0].log_file.read_text()
+    assert "command: pretrain train memory.yaml --set objective.infonce_weight=0.3" in log.splitlines()[0]
+    assert "step 4/4 | loss " in log
     assert "[NEEDLE-EVAL] Exact hit rate: " in log
     assert "[NEEDLE-EVAL] Top-5 hit rate: " in log
     assert "[DIAG:H1] " in log

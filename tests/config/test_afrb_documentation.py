@@ -1,13 +1,24 @@
 """docs/afrb.md maps every option of the original to ours: the table is complete, and every key in it exists."""
 
+import functools
+import itertools
 import re
+import shlex
 from pathlib import Path
 
+import click
 import pytest
+from typer.main import get_command
 
+from data_prep.config import PrepConfig
+from pretrain.cli.main import app
+from pretrain.config.load import dump_yaml, load_run_config, load_yaml_model
 from pretrain.config.presets import list_presets
 from pretrain.config.run import RunConfig
 from pretrain.config.sections import child_annotation, fields_of, section_class
+from pretrain.config.sweep import SweepConfig
+from pretrain.config.yaml_io import parse_yaml
+from pretrain.models.afrb.family import CSV_COLUMNS
 
 PAGE = (Path(__file__).parents[2] / "docs" / "afrb.md").read_text()
 OPTIONS = """\
@@ -22,8 +33,8 @@ needle-train-size needle-eval-examples eval-soft-topk seq steps eval-only bs ga 
 gradient-checkpointing skip-phase-metrics log-interval eval-interval num-workers prefetch pin-memory resume
 resume-mode kiss-ridge-force kiss-ridge-l2-absolute auto-lr-backoff pvm-carry-state phase-curvature-metrics
 log-readout-stats enable-rca curriculum-learning curriculum-steps-per-stage phase-alignment-weight
-freeze-readout-steps sir-dim hard-pointer-scale mem-acc-exact enable-plm pcm-enable deepspeed zero-stage controls
-legacy-parity"""
+freeze-readout-steps stillness-warm stillness-floor phase-align phase-align-l2 sir-dim hard-pointer-scale
+mem-acc-exact enable-plm pcm-enable deepspeed zero-stage controls legacy-parity"""
 TAGS = {"model": {"family": "afrb"}, "data": {"source": {"kind": "needle"}}, "objective": {"name": "needle"}}
 
 
@@ -80,3 +91,74 @@ def test_every_key_and_preset_that_the_page_names_exists():
     for preset in presets:
         if preset.startswith("afrb-") and not preset.endswith("-small"):
             assert preset in named or f"-{preset.rsplit('-', 1)[1]}" in named, f"{preset} is not on the page"
+
+
+COMMANDS = [(cells[0], command) for cells in rows("Whole commands") for command in re.findall(r"`([^`]+)`", cells[1])]
+FILES = {"train.log", "config.yaml", "metrics_long.csv", "metrics.csv", "metrics.json"}
+
+
+def sets_of(words: list[str]) -> list[str]:
+    return [value for flag, value in itertools.pairwise(words) if flag == "--set"]
+
+
+def test_what_is_done_with_the_original_is_done_here():
+    """Presets, flags in full, both tasks, both kinds of resume, seeds, evaluation, and looking into the files."""
+    originals = " ".join(cells[0] for cells in rows("Whole commands"))
+    for asked in ("--preset", "--enable-pvm", "--n-afrb 0", "--task language", "--task language --disable-attn",
+                  "--ctx-chunks 16", "--zero-stage 3", "--resume x/", "--resume-mode continue", "for seed in 41 42 43",
+                  "--eval-only", "--controls all", "grep -- --enable-pvm", "--readout-from pvm", "grep KISS-RIDGE",
+                  "Exact hit rate", "grep needle_hit_rate x/metrics.csv", "-f10", "grep DIAG", "grep Step",
+                  "metrics.json"):
+        assert asked in originals, asked
+    flags = {f"--{option}" for option in OPTIONS.split()}
+    assert {flag for flag in re.findall(r"--[a-z][a-z0-9-]+", originals)} <= flags
+
+
+@pytest.mark.parametrize(("original", "command"), COMMANDS, ids=lambda text: text[:40])
+def test_its_command_is_one_of_ours(original: str, command: str):
+    words = shlex.split(command)
+    if words[0] != "pretrain":
+        program, file = words[0], words[-1]
+        assert program in ("head", "grep", "cut", "jq") and file.startswith("runs/x/")
+        assert file.removeprefix("runs/x/") in FILES
+        return
+    target = words[2].replace("afrb-NAME", "afrb-micro")
+    if words[1] == "train":
+        config = load_run_config(target, sets_of(words)).config
+        assert config.model.family == "afrb"
+        for text in sets_of(words):
+            key, _, value = text.partition("=")
+            found = functools.reduce(getattr, key.split("."), config)
+            assert found == parse_yaml(value, text).values, text
+        assert [flag for flag in words if flag.startswith("--") and flag not in ("--set", "--nproc")] == []
+    elif words[1] == "eval":
+        assert target.startswith("runs/x") or target in list_presets()
+        group = get_command(app)
+        command_of = group.get_command(click.Context(group), "eval")
+        flags = {flag for parameter in command_of.params for flag in parameter.opts}
+        assert {word for word in words if word.startswith("--")} <= flags
+    else:
+        model = {"prep": PrepConfig, "sweep": SweepConfig}[words[1]]
+        assert load_yaml_model(model, Path(__file__).parents[2] / target)[0]
+
+
+def test_what_is_looked_for_in_files_stands_there():
+    """Patterns of `grep`, `cut` and `jq` against what is written: each is a name or a literal of ours."""
+    config = dump_yaml(load_run_config("afrb-reproduce-10pct"))
+    root = Path(__file__).parents[2]
+    emitted = "".join(file.read_text() for folder in ("pretrain", "evaluation") for file in
+                      sorted((root / folder).rglob("*.py")))
+    columns = [name.partition("=")[0] for name in CSV_COLUMNS]
+    looked = 0
+    for _, command in COMMANDS:
+        words = shlex.split(command)
+        place = words[-1].rpartition("/")[2]
+        if words[0] == "grep":
+            looked += 1
+            found = {"config.yaml": config, "metrics_long.csv": "\n".join(columns), "train.log": emitted}[place]
+            assert words[1] in found, command
+        if words[0] == "cut":
+            assert columns[int(words[2].removeprefix("-f")) - 1] == "phase_coherence"
+        if words[0] == "jq":
+            assert words[1].removeprefix(".") in columns
+    assert looked >= 7
