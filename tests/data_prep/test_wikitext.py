@@ -41,7 +41,8 @@ def test_every_line_is_a_document_of_the_split_it_was_published_in(
     prepare(config)
     manifest = Manifest.read(tmp_path / config.out)
     for split, file in (("train", "train"), ("val", "valid"), ("test", "test")):
-        wanted = [word for line in FILES[file].splitlines() if line.strip() for word in (*line.split(), "<|endoftext|>")]
+        lines = [line.split() for line in FILES[file].splitlines() if line.strip()]
+        wanted = [word for line in lines for word in (*line, "<|endoftext|>")]
         source = ShardSource(manifest, split, seq_len=len(wanted) - 1)
         window = source.get(np.arange(1))
         ids = [*window["input_ids"][0].tolist(), tokenizer.token_to_id("<|endoftext|>")]
