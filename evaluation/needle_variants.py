@@ -13,6 +13,7 @@ from evaluation.needle_controls import Expected
 from evaluation.target import DTYPES, Target, cast_parameters
 from evaluation.untrained import untrained
 from pretrain.config.model import ModelConfig
+from pretrain.config.run import RunConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,19 +73,27 @@ def _retentions(model: ModelConfig) -> Iterator[Variant]:
                           {"pvm_beta": beta, "kiss_ridge_calib": False})
 
 
+def _nothing_measured(config: RunConfig) -> dict[str, Any]:
+    """Changes with which hooks fit and measure nothing before the first step."""
+    known = {"pvm_scale": 1.0, "kiss_ridge_calib": False}
+    return {key: value for key, value in known.items() if hasattr(config.model, key)}
+
+
 @torch.no_grad()
 def rebuilt(target: Target, changes: Mapping[str, Any]) -> Target:
     """The target's model with other keys of its schema, and its own weights wherever both have them.
 
     What only the changed model has comes from where a fresh run takes it, `train.init_from` or not: that run's weights
-    are those of the unchanged model.
+    are those of the unchanged model. What a fresh run would measure first is among its own weights, so that nothing is
+    measured: its samples may be longer than the backbone takes with attention.
     """
     assert target.config is not None
     own_config = target.config
     config = own_config.model_copy(update={
         "model": own_config.model.model_copy(update=dict(changes)),
         "train": own_config.train.model_copy(update={"init_from": None})})
-    model = untrained(config, target.device)
+    model = untrained(config.model_copy(update={"model": config.model.model_copy(update=_nothing_measured(config))}),
+                      target.device)
     own, theirs = model.state_dict(), target.model.state_dict()
     for name, value in own.items():
         if name in theirs and theirs[name].shape == value.shape:

@@ -21,7 +21,7 @@ def metrics_table(results: Results) -> Table:
     """All metrics of an evaluation with their number of things and 95% interval."""
     table = Table(title=f"{results.task} of {results.target}, {results.dtype}", title_justify="left")
     for name, justify in (("metric", "left"), ("value (95% interval)", "right"), ("n", "right")):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+        table.add_column(name, justify=justify, no_wrap=name == "metric")  # type: ignore[arg-type]
     for name, metric in results.metrics.items():
         table.add_row(name, with_interval(metric, 4), f"{metric.n:,}")
     return table

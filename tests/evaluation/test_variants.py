@@ -15,6 +15,8 @@ from evaluation.needle_variants import rebuilt, variants
 from evaluation.offline import Request, evaluate_perplexity
 from evaluation.target import open_target
 from evaluation.untrained import untrained
+from pretrain.config.needle import NeedleConfig
+from pretrain.config.objective import NeedleObjectiveConfig
 from pretrain.config.run import RunConfig
 from pretrain.config.source import DataConfig, ShardsConfig
 from pretrain.data.open import eval_batches, open_source
@@ -53,6 +55,21 @@ def test_attention_that_a_run_went_without_is_the_backbones_whatever_the_run_beg
         changed = rebuilt(target, {"disable_attn": False}).model
         for name, value in first.named_parameters():
             assert torch.equal(changed.get_parameter(name), value), "everything else is the run's"
+
+
+def test_nothing_is_measured_for_a_variant(tmp_path, checkpointed):
+    """The scale of a memory comes with the weights; the task's 133 tokens are more than the backbone takes."""
+    LlamaForCausalLM(LlamaConfig(**LLAMA)).save_pretrained(tmp_path / "backbone")
+    whole = config(tmp_path, "needles", enable_pvm=True, pvm_memory="matrix", pvm_dk=8, pvm_dv=8, pvm_scale=3.0)
+    folder, _ = checkpointed(whole, seed=3)
+    target = open_target(str(folder.root))
+    task = NeedleConfig(vocab_size=400, ctx_chunk_len=32, needle_len=4, needle_marker="key")
+    assert task.seq_len > LLAMA["max_position_embeddings"]
+    trained = whole.model_copy(update={
+        "model": whole.model.model_copy(update={"pvm_scale": None}), "objective": NeedleObjectiveConfig(),
+        "data": DataConfig(source=task, seq_len=task.seq_len)})
+    changed = rebuilt(replace(target, config=trained), {"disable_attn": False}).model
+    assert float(changed.memory.log_scale().exp().detach()) == pytest.approx(3.0)
 
 
 def test_a_config_that_starts_from_a_run_stands_for_that_runs_weights(tmp_path, checkpointed):
