@@ -35,8 +35,8 @@ class ContrastiveConfig(ObjectiveConfig):
     gather_negatives: bool = Field(True, description="contrast with the texts of all ranks")
     nce_hard_negatives: bool = Field(True, description="hard negatives of the whole batch are candidates of each query")
     mask_false_negatives: bool = Field(True, description="candidates that are the query's own by their ids are none")
-    grad_cache: bool = Field(True, description="two passes over small chunks; false: one, whose activations of all texts "
-                             "are kept")
+    grad_cache: bool = Field(True, description="two passes over small chunks; false: one, whose activations of all "
+                             "texts are kept")
     contrastive_batch: Literal["update", "micro_batch"] = Field(
         "update", description="what is contrasted: all triplets of an update, or each micro-batch by itself, averaged")
     enable_semantic_nce: bool = Field(True, description="InfoNCE of the semantic prefixes")

@@ -145,8 +145,8 @@ class Contrastive:
         """Carry the gradient by the vectors into the weights."""
         if current.outputs:
             parts = zip(current.outputs, current.chunks, strict=True)
-            handle.backward(torch.stack([(output * current.gradient[chunk.rows]).sum() for output, chunk in parts]).sum(),
-                            last=last)
+            sums = [(output * current.gradient[chunk.rows]).sum() for output, chunk in parts]
+            handle.backward(torch.stack(sums).sum(), last=last)
             return
         for number, (chunk, state) in enumerate(zip(current.chunks, current.states, strict=True)):
             vectors = current.layout.pack(handle.forward(chunk.batch, grad=True, rng=state))
