@@ -125,8 +125,8 @@ def test_triplet_is_torchs_and_skips_what_is_not_there():
 def test_angular_follows_the_ranking_vector_and_does_not_pull_it():
     student, teacher = sides(1), [t.requires_grad_() for t in sides(2, d=16)]
     there = colliding().has_negative
-    own = sum(float(student[0][i] @ student[1][i] - teacher[0][i] @ teacher[1][i])**2 for i in range(B)) / B
-    other = [float(student[0][i] @ student[2][i, m] - teacher[0][i] @ teacher[2][i, m])**2
+    own = sum((student[0][i] @ student[1][i] - teacher[0][i] @ teacher[1][i]).item()**2 for i in range(B)) / B
+    other = [(student[0][i] @ student[2][i, m] - teacher[0][i] @ teacher[2][i, m]).item()**2
              for i in range(B) for m in range(N) if there[i, m]]
     loss = angular(tuple(t.requires_grad_() for t in student), tuple(teacher), there)
     assert float(loss) == pytest.approx((own + sum(other) / len(other)) / 2, abs=1e-12)
