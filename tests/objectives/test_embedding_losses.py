@@ -129,7 +129,7 @@ def test_angular_follows_the_ranking_vector_and_does_not_pull_it():
     other = [(student[0][i] @ student[2][i, m] - teacher[0][i] @ teacher[2][i, m]).item()**2
              for i in range(B) for m in range(N) if there[i, m]]
     loss = angular(tuple(t.requires_grad_() for t in student), tuple(teacher), there)
-    assert float(loss) == pytest.approx((own + sum(other) / len(other)) / 2, abs=1e-12)
+    assert loss.item() == pytest.approx((own + sum(other) / len(other)) / 2, abs=1e-12)
     loss.backward()
     assert student[0].grad.any() and all(t.grad is None for t in teacher)
 
