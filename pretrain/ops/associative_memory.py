@@ -59,15 +59,21 @@ def fading(batch: int, length: int, decay: float | Tensor, *, resets: Tensor | N
         mask: [B, T] 0 at padding, which does not decay (that it does not write is the caller's part: zero values).
         device: of the result.
     """
-    segments = torch.zeros(batch, length, dtype=torch.int64, device=device)
-    if resets is not None:
-        segments = (resets if mask is None else resets & mask.bool()).long().cumsum(1)
+    segments = resets_so_far(batch, length, resets, mask, device)
     if not isinstance(decay, Tensor) and decay == 1:
         return Fading(None, segments)
     logs = torch.as_tensor(decay, dtype=wide(segments.device), device=device).log().expand(batch, length)
     if mask is not None:
         logs = torch.where(mask.bool(), logs, 0)
     return Fading(logs.cumsum(1), segments)
+
+
+def resets_so_far(batch: int, length: int, resets: Tensor | None, mask: Tensor | None, device: torch.device | None
+                  ) -> Tensor:
+    """[B, T] int64: number of resets up to and with each token, those at padding left out."""
+    if resets is None:
+        return torch.zeros(batch, length, dtype=torch.int64, device=device)
+    return (resets if mask is None else resets & mask.bool()).long().cumsum(1)
 
 
 def wide(device: torch.device) -> torch.dtype:
@@ -125,14 +131,26 @@ def read_all(queries: Tensor, keys: Tensor, values: Tensor, fades: Fading, initi
     added = k.transpose(1, 2) @ (last.since(inside, k.dtype).transpose(1, 2) * v)
     ends, starts = _before_chunks(fades, count, size)
     left = ends.since(starts, k.dtype).diagonal(dim1=1, dim2=2)
-    first = None if initial is None else initial.to(k.dtype).flatten(1)
-    states = linear_recurrence(added.view(batch, count, -1), left, initial=first).states.view(batch, count, -1, width)
-    zero = torch.zeros_like(states[:, :1]) if initial is None else initial.to(k.dtype)[:, None]
-    entering = torch.cat([zero, states[:, :-1]], 1)
+    entering, end = link_chunks(added.view(batch, count, -1, width), left, initial)
     begin = Fading(None if starts.logs is None else starts.logs.reshape(-1, 1), starts.segments.reshape(-1, 1))
     kept = inside.since(begin, k.dtype).view(batch, count, size, 1)
     reads = reads + kept * (q.view(batch, count, size, -1) @ entering)
-    return reads.view(batch, -1, width)[:, :length], states[:, -1]
+    return reads.view(batch, -1, width)[:, :length], end
+
+
+def link_chunks(added: Tensor, left: Tensor, initial: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(states before each chunk [B, n, K, V], state after the last [B, K, V]).
+
+    Args:
+        added: [B, n, K, V], what each chunk adds to the state at its end.
+        left: what it leaves of the state at its beginning, [B, n] or of each number [B, n, K * V].
+        initial: [B, K, V], the state before the first chunk; None: zero.
+    """
+    first = None if initial is None else initial.to(added.dtype)
+    states = linear_recurrence(added.flatten(2), left, initial=None if first is None else first.flatten(1)).states
+    states = states.view(added.shape)
+    start = torch.zeros_like(states[:, :1]) if first is None else first[:, None]
+    return torch.cat([start, states[:, :-1]], 1), states[:, -1]
 
 
 def delta_corrections(keys: Tensor, values: Tensor, rate: float | Tensor, fades: Fading,

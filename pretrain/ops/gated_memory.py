@@ -12,8 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pretrain.ops.associative_memory import cut, in_one_dtype
-from pretrain.ops.linear_recurrence import linear_recurrence
+from pretrain.ops.associative_memory import cut, in_one_dtype, link_chunks, resets_so_far
 
 CHUNK = 16
 """Tokens a chunk."""
@@ -36,8 +35,11 @@ def read_gated(queries: Tensor, keys: Tensor, values: Tensor, log_decay: Tensor,
     if chunk * FLOOR < -80:
         raise ValueError(f"chunk of {chunk} tokens: at most {int(-80 / FLOOR)}, or factors of keys leave fp32")
     q, k, v = in_one_dtype(queries, keys, values)
-    logs, segments = _bookkeeping(log_decay.to(k.dtype), resets, mask)
     batch, length, width = v.shape
+    logs = log_decay.to(k.dtype).clamp(FLOOR, 0)
+    if mask is not None:
+        logs = logs.masked_fill(~mask.bool()[..., None], 0)
+    segments = resets_so_far(batch, length, resets, mask, v.device)
     size = min(chunk, length)
     count = -(-length // size)
     # What the chunk before ended in decides whether its state is seen at all.
@@ -51,21 +53,6 @@ def read_gated(queries: Tensor, keys: Tensor, values: Tensor, log_decay: Tensor,
     to_end = (segments == segments[:, -1:])[..., None]
     added = (k * (end - inside).exp() * to_end).transpose(1, 2) @ v
     left = (end.exp() * (segments[:, -1:] == before)[..., None]).transpose(1, 2).expand(-1, -1, width)
-    first = None if initial is None else initial.to(k.dtype).flatten(1)
-    states = linear_recurrence(added.reshape(batch, count, -1), left.reshape(batch, count, -1), initial=first).states
-    states = states.view(batch, count, -1, width)
-    start = torch.zeros_like(states[:, :1]) if initial is None else initial.to(k.dtype)[:, None]
-    entering = torch.cat([start, states[:, :-1]], 1).flatten(0, 1)
-    reads = reads + (asked * (segments == before)[..., None]) @ entering
-    return reads.view(batch, -1, width)[:, :length], states[:, -1]
-
-
-def _bookkeeping(logs: Tensor, resets: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(log decays [B, T, K], number of resets up to and with each token [B, T])."""
-    logs = logs.clamp(FLOOR, 0)
-    segments = torch.zeros(logs.shape[:2], dtype=torch.int64, device=logs.device)
-    if mask is not None:
-        logs = logs.masked_fill(~mask.bool()[..., None], 0)
-    if resets is not None:
-        segments = (resets if mask is None else resets & mask.bool()).long().cumsum(1)
-    return logs, segments
+    entering, last = link_chunks(added.view(batch, count, -1, width), left.reshape(batch, count, -1), initial)
+    reads = reads + (asked * (segments == before)[..., None]) @ entering.flatten(0, 1)
+    return reads.view(batch, -1, width)[:, :length], last
