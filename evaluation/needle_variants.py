@@ -28,15 +28,13 @@ class Variant:
     """See `Control`."""
 
 
-_BARE = {"n_afrb": 0, "enable_pvm": False, "readout_from": "none", "kiss_ridge_calib": False}
+_BARE = {"n_afrb": 0, "enable_pvm": False, "readout_from": "none"}
 VARIANTS = (
     Variant("backbone_without_attention", "no adapter, attention off: nothing can be carried to the answer",
             {**_BARE, "disable_attn": True}, "uniform"),
     Variant("backbone", "no adapter, attention on: the untouched backbone", {**_BARE, "disable_attn": False}),
-    Variant("attention_on", "this adapter with the backbone's attention",
-            {"disable_attn": False, "kiss_ridge_calib": False}),
-    Variant("attention_off", "this adapter without the backbone's attention",
-            {"disable_attn": True, "kiss_ridge_calib": False}),
+    Variant("attention_on", "this adapter with the backbone's attention", {"disable_attn": False}),
+    Variant("attention_off", "this adapter without the backbone's attention", {"disable_attn": True}),
 )
 
 
@@ -58,8 +56,7 @@ def variants(target: Target, *, sweep: bool = True) -> Iterator[tuple[Variant, T
     trained_attention = weights is not None and Path(weights).is_dir()
     for variant in (*VARIANTS, *(_retentions(model) if sweep else ())):
         known = all(hasattr(model, key) for key in variant.changes)
-        same = known and all(getattr(model, key) == value for key, value in variant.changes.items()
-                             if key != "kiss_ridge_calib")
+        same = known and all(getattr(model, key) == value for key, value in variant.changes.items())
         needs_attention = variant.changes.get("disable_attn") is False
         if known and not same and (trained_attention or not needs_attention):
             yield variant, rebuilt(target, variant.changes)
@@ -69,8 +66,7 @@ def _retentions(model: ModelConfig) -> Iterator[Variant]:
     """The sweep over the retention of a memory that decays."""
     if getattr(model, "enable_pvm", False) and getattr(model, "pvm_memory", None) == "vector":
         for beta in BETAS:
-            yield Variant(f"beta_{beta:g}", f"retention {beta:g} a token",
-                          {"pvm_beta": beta, "kiss_ridge_calib": False})
+            yield Variant(f"beta_{beta:g}", f"retention {beta:g} a token", {"pvm_beta": beta})
 
 
 def _nothing_measured(config: RunConfig) -> dict[str, Any]:
