@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,9 +23,10 @@ from evaluation.needle_controls import (
     parts,
     run_control,
 )
+from evaluation.needle_gate import gate_figures
 from evaluation.needle_reader import Reader, reads_out
 from evaluation.needle_rules import Evidence, findings, line
-from evaluation.needle_variants import variants
+from evaluation.needle_variants import left_out, variants
 from evaluation.offline import DEFAULT_BATCH_SIZE, Request, about, open_data
 from evaluation.results import MetricRecord, Results, records
 from evaluation.target import Target, open_target
@@ -42,6 +45,8 @@ from pretrain.monitor.rows import read_metrics
 
 CONTROL_EXAMPLES = 200
 """Needles of each control where more are asked for the figure itself."""
+GATE_EXAMPLES = 20
+"""Needles on which a write gate is looked at."""
 DISTANCE_BINS = 8
 _KEY = "data.source."
 
@@ -77,10 +82,14 @@ def needle_task(target: Target, split: str, sets: Sequence[str]) -> NeedleConfig
         raise UserError(f"{target.path}: its task has no query, so nothing is asked; --set {_KEY}needle_query=true")
     if task.vocab_size > target.vocab_size:
         raise UserError(f"{_KEY}vocab_size {task.vocab_size}: the model knows {target.vocab_size} ids")
+    _check_length(target, target.path, task)
+    return task
+
+
+def _check_length(target: Target, name: Path | str, task: NeedleConfig) -> None:
     if target.max_seq_len is not None and task.seq_len + 1 > target.max_seq_len:
         raise UserError(f"{_KEY}ctx_chunks {task.ctx_chunks}: {task.seq_len + 1} tokens are more than the "
-                        f"{target.max_seq_len} that the model takes")
-    return task
+                        f"{target.max_seq_len} that the model of {name} takes")
 
 
 def evaluate_needle(target: Target, request: Request, command: list[str]) -> Results:
@@ -104,6 +113,7 @@ def evaluate_needle(target: Target, request: Request, command: list[str]) -> Res
         asked.add_references(details)
         details["checks"] = [asdict(check) for check in asked.checks()]
         details["distance"] = asked.distance()
+        details["write_gate"] = gate_figures(target, source, asked.ids[:GATE_EXAMPLES], asked.batch_size)
         details["perplexity"] = asked.perplexities()
     verdict = decide(rates["needle_hit_rate"], needle.nulls(source.config), examples=len(asked.ids),
                      shuffled=controls.get("shuffled_needle"), null_adapter=null)
@@ -160,13 +170,21 @@ class _Asked:
 
     def null_adapter(self) -> Rate | None:
         """Free-running hit rate of the run that `request.null` names, on the same examples."""
-        if self.request.null is None:
+        other = self.null
+        if other is None:
             return None
-        other = open_target(self.request.null, dtype=self.target.dtype, device=self.target.device)
         if other.vocab_size != self.target.vocab_size:
             raise UserError(f"{self.request.null}: has {other.vocab_size} token ids, {self.target.path} "
                             f"{self.target.vocab_size}: it is no null of this model")
+        _check_length(other, str(self.request.null), self.task)
         return Rate.of(self._free(_reader(other), self.ids).hits)
+
+    @cached_property
+    def null(self) -> Target | None:
+        """The model of the run that `request.null` names."""
+        if self.request.null is None:
+            return None
+        return open_target(self.request.null, dtype=self.target.dtype, device=self.target.device)
 
     def _free(self, reader: Reader, ids: np.ndarray) -> Predictions:
         return run_control(reader, self.source, ids, ITSELF, self.batch_size)
@@ -190,11 +208,17 @@ class _Asked:
         return None if bound is None else rate.at_chance(bound)
 
     def add_references(self, details: dict[str, Any]) -> None:
-        """The same weights with attention, without adapter, without either."""
-        for variant, other in variants(self.target):
+        """The same weights with attention, without adapter, without either; and which of these cannot be asked."""
+        length = self.task.seq_len + 1
+        details["left_out"] = left_out(self.target, length)
+        for variant, other in variants(self.target, length):
             rate = Rate.of(self._free(_reader(other), self.few).hits)
             details["references"].append(_row(variant.name, variant.meaning, variant.expected, rate,
                                               self._at_null(rate, variant.expected)))
+        for _, other in variants(self.null, length, only="attention_on") if self.null is not None else ():
+            rate = Rate.of(self._free(_reader(other), self.few).hits)
+            details["references"].append(_row("null_adapter_attention_on", "the null adapter with the backbone's "
+                                              "attention", "reported", rate, None))
 
     def checks(self) -> list[Check]:
         """Causality and independence of the batch, on four examples."""

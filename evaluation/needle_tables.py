@@ -32,6 +32,11 @@ def needle_tables(results: Results) -> Iterator[RenderableType]:
     for check in details.get("checks", ()):
         yield Text(f"{check['name']}: {'passed' if check['passed'] else 'FAILED'}, {check['message']}",
                    style="" if check["passed"] else "bold red")
+    gate = details.get("write_gate")
+    if gate:
+        yield Text(f"write gate: {gate['needle']:.3f} of the needle (least {gate['needle_least']:.3f}), "
+                   f"{gate['elsewhere']:.2%} of the rest, {gate['elsewhere_sum']:.1f} tokens of it together; more than "
+                   f"half of {gate['elsewhere_open']:.3%} of it")
     for name, value in details.get("perplexity", {}).items():
         yield Text(f"perplexity of {name}: {value:,.2f}")
     for finding in details["findings"]:
@@ -49,6 +54,8 @@ def _control_table(details: Mapping[str, Any]) -> Table:
         bag = "" if row["bag"] is None else f"{row['bag']:.2%}"
         table.add_row(f"{row['name']}: {row['meaning']}", row["expected"], _rate(row), bag, _WORD[row["passed"]],
                       style="bold red" if row["passed"] is False else None)
+    for name, reason in details.get("left_out", {}).items():
+        table.add_row(f"{name}: {reason}")
     return table
 
 
@@ -71,7 +78,8 @@ def needle_section(results: Sequence[Results]) -> str:
                     " · ".join(part for part in (r["expected"], _WORD[r["passed"]]) if part))
              for r in [*details["controls"], *details["references"]]]
     body += [_cells(f"null: {key}", value, None, None, "exact") for key, value in details["nulls"]["top_1"].items()]
-    notes = "".join(f'<p class="note">{escape(text)}</p>' for text in details["findings"])
+    texts = [*details["findings"], *(f"{name}: {reason}" for name, reason in details.get("left_out", {}).items())]
+    notes = "".join(f'<p class="note">{escape(text)}</p>' for text in texts)
     marker = details["task"]["needle_marker"]
     about = f"step {newest.step}, split {name}, {details['examples']} examples, marker {marker}"
     return (f"<section><h2>Needles <small>{escape(about)}</small></h2>"

@@ -32,23 +32,39 @@ _BARE = {"n_afrb": 0, "enable_pvm": False, "readout_from": "none"}
 VARIANTS = (
     Variant("backbone_without_attention", "no adapter, attention off: nothing can be carried to the answer",
             {**_BARE, "disable_attn": True}, "uniform"),
-    Variant("backbone", "no adapter, attention on: the untouched backbone", {**_BARE, "disable_attn": False}),
+    Variant("backbone", "no adapter, attention on: the untouched backbone",
+            {**_BARE, "disable_attn": False, "attention_window": None}),
     Variant("attention_on", "this adapter with the backbone's attention", {"disable_attn": False}),
     Variant("attention_off", "this adapter without the backbone's attention", {"disable_attn": True}),
 )
 
 
 BETAS = (0.5, 0.85, 0.95, 0.99, 0.999)
-"""Retentions at which a decaying memory is read as well: what it finds must grow with its reach."""
+"""Retentions at which a memory is read as well: what it finds must grow with its reach."""
 
 
-def variants(target: Target, *, sweep: bool = True) -> Iterator[tuple[Variant, Target]]:
-    """The variants that this model's schema knows and that differ from the model itself.
+def variants(target: Target, length: int, *, sweep: bool = True, only: str | None = None
+             ) -> Iterator[tuple[Variant, Target]]:
+    """The variants that this model's schema knows, that differ from the model itself and take `length` tokens.
 
     What a checkpoint leaves out (the attention of a backbone that ran without) comes from `model.backbone.weights`;
     where that names nothing, variants with attention are left out: a drawn one stands for nothing. `sweep` adds other
-    retentions of a memory that decays.
+    retentions of a memory; `only` is the name of the one that is wanted.
     """
+    for variant, model in _changed(target, sweep):
+        if only in (None, variant.name) and (model.max_seq_len is None or model.max_seq_len >= length):
+            yield variant, rebuilt(target, variant.changes)
+
+
+def left_out(target: Target, length: int) -> dict[str, str]:
+    """Why each of the variants that do not take `length` tokens is left out, by name."""
+    return {variant.name: f"not asked: takes {model.max_seq_len:,} tokens, {length:,} are needed"
+            for variant, model in _changed(target, sweep=False)
+            if model.max_seq_len is not None and model.max_seq_len < length}
+
+
+def _changed(target: Target, sweep: bool) -> Iterator[tuple[Variant, ModelConfig]]:
+    """The variants whose weights are at hand, with their schema."""
     if target.config is None:
         return
     model = target.config.model
@@ -59,12 +75,12 @@ def variants(target: Target, *, sweep: bool = True) -> Iterator[tuple[Variant, T
         same = known and all(getattr(model, key) == value for key, value in variant.changes.items())
         needs_attention = variant.changes.get("disable_attn") is False
         if known and not same and (trained_attention or not needs_attention):
-            yield variant, rebuilt(target, variant.changes)
+            yield variant, model.model_copy(update=dict(variant.changes))
 
 
 def _retentions(model: ModelConfig) -> Iterator[Variant]:
-    """The sweep over the retention of a memory that decays."""
-    if getattr(model, "enable_pvm", False) and getattr(model, "pvm_memory", None) == "vector":
+    """The sweep over the retention of a memory; one that learns what it keeps has none."""
+    if getattr(model, "enable_pvm", False) and getattr(model, "pvm_rule", None) != "gated":
         for beta in BETAS:
             yield Variant(f"beta_{beta:g}", f"retention {beta:g} a token", {"pvm_beta": beta})
 
@@ -95,4 +111,4 @@ def rebuilt(target: Target, changes: Mapping[str, Any]) -> Target:
         if name in theirs and theirs[name].shape == value.shape:
             value.copy_(theirs[name])
     cast_parameters(model, DTYPES[target.dtype])
-    return replace(target, model=model, module=model, config=config)
+    return replace(target, model=model, module=model, config=config, max_seq_len=config.model.max_seq_len)

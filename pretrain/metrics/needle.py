@@ -44,12 +44,15 @@ class Rate:
         return cls(int(sums.sum()), rows.size, ci, len(rows), int((sums > 0).sum()))
 
     def at_chance(self, probability: float) -> bool:
-        """Whether guessing each trial right with `probability` hits as many examples at least once in a thousand times.
+        """Whether guessing each trial right with `probability` does as well once in a thousand times.
 
-        A model that wanders through its memory may hit many tokens of one example; that is still one example.
+        As well in examples that are hit at all: a model that wanders through its memory may hit many tokens of one, and
+        that is still one example. And as well in hits, which chance may spread over every example; as these come in
+        clusters, more of them than trials by themselves would give count only with an interval wholly above.
         """
         each = 1 - (1 - probability) ** (self.n / self.examples)
-        return self.examples_hit < hits_needed(self.examples, each)
+        more_hits = self.hits >= hits_needed(self.n, probability) and self.ci[0] > probability
+        return self.examples_hit < hits_needed(self.examples, each) and not more_hits
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,8 +86,9 @@ def phase_figures(diagnostics: Mapping[str, Tensor]) -> dict[str, float]:
     """All figures that the diagnostics of one forward give, by the names that metrics and reports use.
 
     `gamma_saturation` is the mean gate of the phase branch, `gamma_saturated_frac` the share of gates that are shut or
-    wide open; `pvm_memory_norm` is relative to what is written (alpha / sqrt(1 - beta^2) for independent inputs). A
-    model without blocks has the first three only, of its last hidden states.
+    wide open, `block_1/gamma` and `block_1/omega` gate and frequency of the first block; `pvm_memory_norm` is relative
+    to what is written (alpha / sqrt(1 - beta^2) for independent inputs). A model without blocks has the first three
+    only, of its last hidden states.
     """
     blocks = "theta" in diagnostics
     states = diagnostics["adapted" if blocks else "hidden"]
@@ -100,6 +101,8 @@ def phase_figures(diagnostics: Mapping[str, Tensor]) -> dict[str, float]:
         gates = diagnostics["gamma"].float()
         found["gamma_saturation"] = float(gates.mean())
         found["gamma_saturated_frac"] = float(((gates < _OPEN[0]) | (gates > _OPEN[1])).float().mean())
+    for name in ("gamma", "omega"):
+        found |= {f"block_{i}/{name}": float(value) for i, value in enumerate(diagnostics.get(name, ()), 1)}
     if "pvm_gate" in diagnostics:
         found["pvm_gate_strength"] = float(diagnostics["pvm_gate"].mean())
         found["pvm_gate_delta"] = float((diagnostics["pvm_gate"] - diagnostics["pvm_gate_start"]).mean())

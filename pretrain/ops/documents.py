@@ -66,14 +66,17 @@ def document_starts(document_ids: Tensor | None, attention_mask: Tensor | None) 
 
 
 def attention_bias(layout: DocumentLayout | None, queries: int, keys: int, *, causal: bool, dtype: torch.dtype,
-                   device: torch.device) -> Tensor:
+                   device: torch.device, window: int | None = None) -> Tensor:
     """Additive mask [B or 1, 1, queries, keys]: 0 where a query sees a key, -inf elsewhere.
 
-    The queries are the last `queries` of the `keys` tokens (a cache holds the others).
+    The queries are the last `queries` of the `keys` tokens (a cache holds the others). With a `window` they see no key
+    more than `window` - 1 tokens back.
     """
     key = torch.arange(keys, device=device)
     query = key[keys - queries:, None]
     hidden = (key > query)[None] if causal else torch.zeros(1, queries, keys, dtype=torch.bool, device=device)
+    if window is not None:
+        hidden = hidden | (key <= query - window)
     if layout is not None:
         hidden = hidden | (key < layout.starts[:, keys - queries:, None])
         if not causal:
@@ -81,7 +84,8 @@ def attention_bias(layout: DocumentLayout | None, queries: int, keys: int, *, ca
     return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))[:, None]
 
 
-def query_blocks(layout: DocumentLayout | None, length: int, *, causal: bool, size: int) -> list[QueryBlock]:
+def query_blocks(layout: DocumentLayout | None, length: int, *, causal: bool, size: int,
+                 window: int | None = None) -> list[QueryBlock]:
     """Cut `length` queries into blocks, each with the range of keys that is not masked for all of its queries.
 
     Reads the layout on the host, so it is meant for CPU tensors.
@@ -89,6 +93,8 @@ def query_blocks(layout: DocumentLayout | None, length: int, *, causal: bool, si
     first = list(range(0, length, size))
     last = [min(start + size, length) - 1 for start in first]
     low = [0] * len(first) if layout is None else layout.starts[:, first].amin(0).tolist()
+    if window is not None:
+        low = [max(key, start - window + 1) for key, start in zip(low, first, strict=True)]
     if causal:
         high = [index + 1 for index in last]
     else:

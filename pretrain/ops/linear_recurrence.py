@@ -35,15 +35,15 @@ class Recurrence(NamedTuple):
     """[B, D]: the state after the last token, to go on from."""
 
 
-def linear_recurrence(inputs: Tensor, decay: Tensor, *, initial: Tensor | None = None, resets: Tensor | None = None,
-                      mask: Tensor | None = None, chunk: int | None = None,
+def linear_recurrence(inputs: Tensor, decay: Tensor | float, *, initial: Tensor | None = None,
+                      resets: Tensor | None = None, mask: Tensor | None = None, chunk: int | None = None,
                       group: dist.ProcessGroup | None = None) -> Recurrence:
     """m_t = a_t m_{t-1} + w_t for t = 0..T-1, in fp32 (fp64 where an input is).
 
     Args:
         inputs: w, [B, T, D], T >= 1.
-        decay: a; [B, T] a factor a token, [D] one a channel, [B, T, D] one a token and channel (content-dependent
-            decay, say). Any finite values; |a| <= 1 keeps states bounded.
+        decay: a; one number for all, [B, T] a factor a token, [D] one a channel, [B, T, D] one a token and channel
+            (content-dependent decay, say). Any finite values; |a| <= 1 keeps states bounded.
         initial: m_{-1}, [B, D]; None: zero.
         resets: [B, T] True where a document begins: nothing from before reaches it, `initial` neither.
         mask: [B, T] 0 or False at padding, which neither writes nor decays: its state is that of the token before.
@@ -52,7 +52,9 @@ def linear_recurrence(inputs: Tensor, decay: Tensor, *, initial: Tensor | None =
             part (`initial` counts on the first rank). Then the call is collective, forward and backward: each rank
             sends one [B, D] row and the product of its decays.
     """
-    dtype = torch.float64 if torch.float64 in (inputs.dtype, decay.dtype) else torch.float32
+    decay = torch.as_tensor(decay, device=inputs.device)
+    wide = inputs.dtype == torch.float64 or (decay.dim() > 0 and decay.dtype == torch.float64)
+    dtype = torch.float64 if wide else torch.float32
     w, a = inputs.to(dtype), _by_token(decay.to(dtype), inputs)
     if mask is not None:
         real = mask.bool()[..., None]
@@ -71,14 +73,16 @@ def linear_recurrence(inputs: Tensor, decay: Tensor, *, initial: Tensor | None =
 def _by_token(decay: Tensor, inputs: Tensor) -> Tensor:
     """Decay as [1 or B, T, 1 or D]."""
     batch, length, width = inputs.shape
+    if decay.dim() == 0:
+        return decay.expand(1, length, width)
     if decay.shape == (batch, length):
         return decay[..., None]
     if decay.shape == (width,):
         return decay.expand(1, length, width)
     if decay.shape == inputs.shape:
         return decay
-    raise ValueError(f"decay has shape {tuple(decay.shape)}; for inputs [{batch}, {length}, {width}] it is [B, T], [D] "
-                     "or [B, T, D]")
+    raise ValueError(f"decay has shape {tuple(decay.shape)}; for inputs [{batch}, {length}, {width}] it is a number, "
+                     "[B, T], [D] or [B, T, D]")
 
 
 class _Chunks:

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from evaluation.needle_eval import evaluate_needle
+from evaluation.needle_variants import BETAS
 from evaluation.offline import Request
 from evaluation.target import open_target
 from pretrain.runfolder.layout import RunFolder
@@ -91,16 +92,22 @@ def test_metrics_json_has_the_final_figures(runs):
     assert (found["task"], found["seed"], found["steps"]) == ("needle", 41, 4)
     assert found["needle_hit_rate"] > 0.9
     assert found["infonce"]["chance"] == pytest.approx(4.8598, abs=1e-4)
-    assert found["block_profile"] == [{"alpha": 0.04, "gamma": 0.2, "omega": 6.0, "phi": 0.0}]
+    (block,) = found["block_profile"]
+    assert (block["alpha"], block["omega"], block["phi"]) == (0.04, 6.0, 0.0)
+    assert block["gamma"] != 0.2 and block["gamma"] == pytest.approx(0.2, abs=0.05), "as trained, not as it began"
+    assert (found["preset"], found["model"]) == ("memory", "afrb on llama")
     assert found["params_trainable"] < found["params_total"]
 
 
+@pytest.mark.slow
 def test_the_whole_table_of_controls_and_a_verdict(runs):
     memory, null = runs
     target = open_target(str(memory.root))
     results = evaluate_needle(target, Request(controls=True, null=str(null.root), batch_size=50), ["pretrain"])
     rows = {row["name"]: row for row in [*results.details["controls"], *results.details["references"]]}
     assert results.metrics["test/needle_hit_rate"].value > 0.9
+    reach = [rows.pop(f"beta_{beta:g}")["value"] for beta in BETAS]
+    assert max(reach[:3]) < 0.01 < 0.9 < reach[3] < reach[4], "what is found grows with what is kept"
     assert {name: row["passed"] for name, row in rows.items()} == {
         "null_adapter": None, "shuffled_needle": True, "permuted_needle": True, "query_removed": True,
         "wrong_key": True, "memory_zero": True, "readout_off": None, "backbone_without_attention": True}

@@ -1,26 +1,21 @@
 """docs/afrb.md maps every option of the original to ours: the table is complete, and every key in it exists."""
 
 import functools
-import itertools
 import re
 import shlex
 from pathlib import Path
 
-import click
 import pytest
-from typer.main import get_command
 
 from data_prep.config import PrepConfig
-from pretrain.cli.main import app
 from pretrain.config.load import dump_yaml, load_run_config, load_yaml_model
 from pretrain.config.presets import list_presets
-from pretrain.config.run import RunConfig
-from pretrain.config.sections import child_annotation, fields_of, section_class
 from pretrain.config.sweep import SweepConfig
-from pretrain.config.yaml_io import parse_yaml
 from pretrain.models.afrb.family import CSV_COLUMNS
+from tests.config import pages
+from tests.config.pages import DOCS
 
-PAGE = (Path(__file__).parents[2] / "docs" / "afrb.md").read_text()
+PAGE = (DOCS / "afrb.md").read_text()
 OPTIONS = """\
 save preset model task n-afrb alpha gamma omega omega-delta phase-delta cascade-lambda cascade-kappa phase-mode
 layerscale-init mixer adaptive-omega adaptive-omega-lr adaptive-omega-interval omega-min omega-max block-warm-delta
@@ -38,24 +33,8 @@ mem-acc-exact enable-plm pcm-enable deepspeed zero-stage controls legacy-parity"
 TAGS = {"model": {"family": "afrb"}, "data": {"source": {"kind": "needle"}}, "objective": {"name": "needle"}}
 
 
-def rows(section: str) -> list[list[str]]:
-    """Cells of the first table of a section."""
-    text = PAGE.split(f"\n## {section}\n")[1].split("\n## ")[0]
-    lines = [line for line in text.splitlines() if line.startswith("|")]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
-
-
-def exists(key: str) -> bool:
-    """Whether a run config of the AFRB family on needles has this key."""
-    annotation, value = RunConfig, TAGS
-    for part in key.split("."):
-        section = section_class(annotation, value)
-        if section is None:  # a free mapping, or a scalar that has no parts
-            return False
-        if part not in fields_of(section):
-            return False
-        annotation, value = child_annotation(annotation, value, part), value.get(part, {}) if value else {}
-    return True
+rows = functools.partial(pages.rows, PAGE)
+exists = functools.partial(pages.exists, tags=TAGS)
 
 
 def test_a_key_is_told_from_none():
@@ -97,10 +76,6 @@ COMMANDS = [(cells[0], command) for cells in rows("Whole commands") for command 
 FILES = {"train.log", "config.yaml", "metrics_long.csv", "metrics.csv", "metrics.json"}
 
 
-def sets_of(words: list[str]) -> list[str]:
-    return [value for flag, value in itertools.pairwise(words) if flag == "--set"]
-
-
 def test_what_is_done_with_the_original_is_done_here():
     """Presets, flags in full, both tasks, both kinds of resume, seeds, evaluation, and looking into the files."""
     originals = " ".join(cells[0] for cells in rows("Whole commands"))
@@ -124,19 +99,11 @@ def test_its_command_is_one_of_ours(original: str, command: str):
         return
     target = words[2].replace("afrb-NAME", "afrb-micro")
     if words[1] == "train":
-        config = load_run_config(target, sets_of(words)).config
-        assert config.model.family == "afrb"
-        for text in sets_of(words):
-            key, _, value = text.partition("=")
-            found = functools.reduce(getattr, key.split("."), config)
-            assert found == parse_yaml(value, text).values, text
+        assert pages.settings_take_effect(target, words).model.family == "afrb"
         assert [flag for flag in words if flag.startswith("--") and flag not in ("--set", "--nproc")] == []
     elif words[1] == "eval":
         assert target.startswith("runs/x") or target in list_presets()
-        group = get_command(app)
-        command_of = group.get_command(click.Context(group), "eval")
-        flags = {flag for parameter in command_of.params for flag in parameter.opts}
-        assert {word for word in words if word.startswith("--")} <= flags
+        assert pages.parsed(command)[0] == "eval"
     else:
         model = {"prep": PrepConfig, "sweep": SweepConfig}[words[1]]
         assert load_yaml_model(model, Path(__file__).parents[2] / target)[0]

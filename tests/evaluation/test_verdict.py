@@ -59,3 +59,16 @@ def test_many_hits_in_one_example_are_one_piece_of_evidence():
     assert wandering.examples_hit == 2
     assert wandering.at_chance(NULLS.uniform)
     assert not rate(32 / 3200).at_chance(NULLS.uniform)
+
+
+def test_needles_found_whole_are_no_chance_however_many_examples_chance_would_hit():
+    """At 1/16 a token, chance hits 129 of 200 examples and may hit 149 of them."""
+    for found, probability, expected in ((16, NULLS.needle_bag, True), (40, NULLS.needle_bag, False),
+                                         (149, NULLS.needle_bag, False), (15, NULLS.context_bag, False)):
+        whole = Rate.of(np.arange(200)[:, None] * np.ones(16) < found)
+        assert whole.at_chance(probability) is expected, found
+    once_each = np.zeros((200, 16), bool)
+    once_each[:, 0] = True
+    assert not Rate.of(once_each).at_chance(NULLS.needle_bag), "every example is hit"
+    guesses = np.random.default_rng(0).random((200, 16)) < NULLS.needle_bag
+    assert Rate.of(guesses).at_chance(NULLS.needle_bag)

@@ -282,8 +282,11 @@ def test_switches_of_ablations():
         plain = logits(model, ids)
         off = logits(model, ids, controls={"readout_off": 1.0})
         empty = logits(model, ids, controls={"memory_zero": 1.0})
-        close(off, empty)
         assert not torch.allclose(off, plain)
+        for block in model.afrb_adapters:
+            assert not torch.allclose(off, empty), "what a block takes in of its memory is part of the memory"
+            block.kappa.change.data.fill_(-1000.0)
+        close(logits(model, ids, controls={"readout_off": 1.0}), empty)
     stepped = open_up(build("matrix, stepped head"))
     moving, still = logits(stepped, ids), logits(stepped, ids, controls={"phase_freeze": 1.0})
     close(moving[:, 0], still[:, 0])
@@ -292,6 +295,23 @@ def test_switches_of_ablations():
     rows = torch.arange(T).expand(2, T)
     own = logits(replaced, ids, readout_positions=rows)
     close(own + logits(replaced, ids, controls={"readout_off": 1.0}), logits(replaced, ids), atol=1e-4)
+
+
+def test_frequencies_stay_in_bounds_and_come_back():
+    """At a bound, a gradient that leads inwards counts and one that leads outwards does not."""
+    model = open_up(build({"adaptive_omega": True, "disable_attn": True}))
+    omega = model.afrb_adapters[0].omega
+    for outside, want in ((0.9, 6.4), (-0.9, 5.6)):
+        omega.change.data.fill_(outside)
+        grads = []
+        for sign in (1.0, -1.0):
+            omega.change.grad = None
+            out = model(tokens(), diagnostics=True, return_logits=True)
+            (sign * out.logits.square().sum()).backward()
+            grads.append(float(omega.change.grad))
+        assert float(out.diagnostics["omega"]) == pytest.approx(want)
+        assert sorted(g != 0 for g in grads) == [False, True]
+        assert sum(grads) * outside > 0, "a step against it leads back"
 
 
 def test_ramps_reach_the_blocks():

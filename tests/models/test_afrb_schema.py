@@ -8,12 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from pretrain.config.run import OptimConfig
+from pretrain.config.needle import NeedleConfig
+from pretrain.config.run import OptimConfig, RunConfig
 from pretrain.metrics.flops import counted_flops
 from pretrain.models.afrb.family import CSV_COLUMNS, FAMILY
 from pretrain.models.afrb.schema import AFRBConfig
 from pretrain.models.base import BuildContext
-from tests.models.afrb_small import BACKBONES, MATRIX, MODES, VECTOR, config, hooks
+from tests.models.afrb_small import BACKBONES, MATRIX, MODES, VECTOR, T, V, config, hooks
 
 META = BuildContext(device=torch.device("meta"))
 
@@ -105,6 +106,27 @@ def test_every_trainable_parameter_stands_in_one_group(mode, backbone):
     assert all(g.weight_decay == (0.3 if g.name == "matrices" else 0.0) for g in groups)
     if "omega" in by_name:
         assert by_name["omega"].lr_scale == pytest.approx(1e-7 / 1e-3)
+        assert by_name["omega"].betas[0] == 0, "momentum would move it between its updates"
+
+
+@pytest.mark.parametrize("backbone", ["llama", "gpt2"])
+def test_a_backbone_can_be_trained_too(backbone):
+    """It counts as trainable, its matrices decay and its tables do not, and what autograd keeps of it is known."""
+    wide = {"vocab_size": 2, "max_position_embeddings": 256, "n_positions": 256,
+            **{"n_embd" if backbone == "gpt2" else "hidden_size": 96}}
+    hf = {**BACKBONES[backbone], **wide}
+    for mode in ("adapter with attention", "trace"):
+        cfg = AFRBConfig.model_validate({"backbone": {"hf_config": hf, "trained": True}, **MODES[mode]})
+        model = FAMILY.build(cfg, META)
+        count = cfg.parameter_count()
+        assert count.trainable == count.total == sum(p.numel() for p in model.parameters() if p.requires_grad)
+        groups = {g.name: {id(p) for p in g.params} for g in FAMILY.parameter_groups(model, OptimConfig())}
+        assert sum(map(len, groups.values())) == sum(1 for _ in model.parameters())
+        tables = {id(m.weight) for m in model.backbone.modules() if isinstance(m, torch.nn.Embedding)}
+        assert tables <= groups["vectors"]
+        assert {id(p) for p in model.backbone.parameters() if p.dim() == 2} - tables <= groups["matrices"]
+        said = cfg.activation_bytes_per_token(128, element_bytes=4, checkpointing=False)
+        assert said == pytest.approx(saved_bytes(cfg, torch.float32, None), rel=0.15)
 
 
 def test_sizes_of_the_specification():
@@ -140,6 +162,7 @@ def test_what_depends_on_the_kind_of_memory_is_filled_in():
     ({"pvm_read": "step", "pvm_phase_clock": "log", **MATRIX}, "model.pvm_read", "clock token"),
     ({"pvm_query_taps": 9, **MATRIX}, "model.pvm_query_taps", "pvm_address_taps 4"),
     ({"adaptive_omega": True, "omega": 7.0}, "model.omega", "widen the bounds"),
+    ({"adaptive_omega": True, "n_afrb": 2, "omega_delta": 1.0}, "model.omega", "7, at which a block begins, .*widen"),
     ({"adaptive_omega": True, "phase_mode": "none"}, "model.adaptive_omega", "phase_mode is none"),
     ({"enable_plm": True}, "model.enable_plm", "not implemented"),
     ({"pcm_enable": True}, "model.pcm_enable", "not implemented"),
@@ -167,7 +190,6 @@ def test_values_out_of_range_and_unknown_keys_are_refused(options):
     ({"num_attention_heads": 5}, "describes no llama model.*num_heads"),
     ({"attention_bias": True}, "attention_bias true"),
     ({"head_dim": 16}, "head_dim 16 x 4 heads is not hidden_size 32"),
-    ({"sliding_window": 32}, "max_position_embeddings to 32 or less"),
 ])
 def test_backbones_that_cannot_be_had_are_named(change, cure):
     values = {k: v for k, v in {**BACKBONES["llama"], **change}.items() if v is not None}
@@ -188,6 +210,41 @@ def test_hooks_give_the_ramps_of_the_specification(caplog):
     assert "model.sir_dim" in caplog.text and "model.phase_alignment_weight" in caplog.text
 
 
+def test_what_changes_nothing_is_said():
+    assert config("matrix").notes() == config("trace").notes() == []
+    said = config("matrix", pvm_alpha=0.5, t2_enable=True, readout_scale=2.0, freeze_readout_steps=9).notes()
+    assert [note.split(":")[0] for note in said] == ["model.pvm_alpha", "model.t2_enable", "model.readout_scale",
+                                                     "model.freeze_readout_steps"]
+    assert [note.split(":")[0] for note in config("trace", pvm_dk=64, pvm_rule="delta").notes()] == [
+        "model.pvm_dk", "model.pvm_rule"]
+    assert [note.split(":")[0] for note in config("trace", attention_window=9).notes()] == ["model.attention_window"]
+    assert config(attention_window=9).notes() == []
+    assert config("learned query, write gate, ladder", freeze_readout_steps=9).notes() == []
+
+
+def test_a_memory_that_forgets_the_needle_is_told(caplog):
+    def run(**model):
+        source = NeedleConfig(vocab_size=V, pool_margin=20, ctx_chunk_len=10, needle_len=2)
+        return FAMILY.hooks(RunConfig.model_validate({
+            "model": config("trace", **model).model_dump(by_alias=True), "objective": {"name": "needle"},
+            "data": {"seq_len": source.seq_len, "source": source.model_dump()}}))
+    run(pvm_beta=0.99)
+    assert "pvm_beta" not in caplog.text
+    run(pvm_beta=0.3)
+    assert "model.pvm_beta 0.3: of the nearest needle" in caplog.text
+    assert "a state holds the last 13 tokens" in caplog.text
+
+
+def test_infonce_needs_something_that_is_said():
+    def run(mode):
+        return RunConfig.model_validate({
+            "model": config(mode).model_dump(by_alias=True), "objective": {"name": "causal_lm", "infonce_weight": 0.3},
+            "data": {"seq_len": T, "source": {"kind": "synthetic", "vocab_size": V}}})
+    run("trace")
+    with pytest.raises(ValidationError, match=r"model\.readout_from is none"):
+        run("memory not read")
+
+
 def test_columns_are_those_that_users_cut():
     assert len(CSV_COLUMNS) == 21 and CSV_COLUMNS[9].startswith("phase_coherence=")
     assert [c.split("=")[0] for c in CSV_COLUMNS[:5]] == ["step", "train_loss", "val_loss", "lr", "grad_norm"]
@@ -196,8 +253,10 @@ def test_columns_are_those_that_users_cut():
 def test_findings():
     rules = {d.rule for row in (
         {"val/phase_coherence": 0.5, "val/pvm_memory_norm": 2.0, "val/pvm_gate_strength": 0.6},
-        {"val/phase_coherence": 0.995, "val/pvm_memory_norm": 0.0, "step": 300, "val/pvm_gate_delta": 0.0})
+        {"val/phase_coherence": 0.995, "val/gamma_saturation": 0.2, "val/pvm_memory_norm": 0.0, "step": 300,
+         "val/pvm_gate_delta": 0.0})
         for d in FAMILY.diagnostics(None, row)}
     assert rules == {"C1", "C2", "M1", "M2", "G1", "G2"}
+    assert not FAMILY.diagnostics(None, {"val/phase_coherence": 0.995}), "no block, no phase"
     assert not FAMILY.diagnostics(None, {"val/phase_coherence": 0.9, "val/pvm_memory_norm": 0.6, "step": 100,
                                          "val/pvm_gate_delta": 0.0, "val/pvm_gate_strength": 0.12})

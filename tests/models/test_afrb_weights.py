@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -22,7 +24,7 @@ from pretrain.models.afrb.weights import load_backbone
 from pretrain.models.base import BuildContext
 from pretrain.models.baseline.family import FAMILY as BASELINE
 from pretrain.models.baseline.schema import BaselineConfig
-from tests.models.afrb_small import BACKBONES, Alone, V, build, config, hooks, tokens
+from tests.models.afrb_small import BACKBONES, MODES, Alone, V, build, config, hooks, open_up, tokens
 
 ROPE = {"rope_type": "default", "rope_theta": 5e5}
 HF = {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
@@ -33,8 +35,9 @@ def native(kind):
     torch.manual_seed(7)
     if kind == "llama":
         return LlamaForCausalLM(LlamaConfig(**HF, rope_parameters=ROPE)).eval()
-    if kind == "mistral":
-        return MistralForCausalLM(MistralConfig(**HF, sliding_window=None)).eval()
+    if kind.startswith("mistral"):
+        window = 7 if kind == "mistral, window" else None
+        return MistralForCausalLM(MistralConfig(**HF, sliding_window=window)).eval()
     return GPT2LMHeadModel(GPT2Config(vocab_size=V, n_embd=32, n_layer=2, n_head=4, n_positions=64,
                                       initializer_range=0.1)).eval()
 
@@ -52,6 +55,20 @@ def test_weights_come_from_a_hugging_face_folder(kind, disable_attn, tmp_path):
         return
     ids = tokens()
     torch.testing.assert_close(model(ids, return_logits=True).logits, source(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_window_of_attention_is_that_of_mistral():
+    """Ours on Llama is theirs; of two windows the smaller counts, and one longer than the text changes nothing."""
+    theirs, ids = native("mistral, window"), tokens()
+    want = theirs(ids).logits
+    assert not torch.allclose(native("mistral")(ids).logits, want, rtol=1e-2)
+    for window, given in ((7, None), (7, 50), (50, 7), (7, 7)):
+        source = native("mistral")
+        source.config.sliding_window = given
+        model = inject_afrb_adapters(source, n_afrb=1, attention_window=window).eval()
+        torch.testing.assert_close(model(ids, return_logits=True).logits, want, rtol=1e-4, atol=1e-5)
+    whole, source = inject_afrb_adapters(native("mistral"), n_afrb=1, attention_window=64).eval(), native("mistral")
+    torch.testing.assert_close(whole(ids, return_logits=True).logits, source(ids).logits, rtol=1e-4, atol=1e-5)
 
 
 def test_weights_come_from_exports_of_this_stack(tmp_path):
@@ -103,7 +120,7 @@ def test_the_hooks_read_weights_of_fresh_runs_only(tmp_path):
         assert torch.equal(model.get_input_embeddings().weight, source.get_input_embeddings().weight) == equal
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "mistral, window", "gpt2"])
 def test_adapters_in_a_model_that_is_there(kind):
     """The wrapped model starts as the given one, on the same weights; readouts come back with their state."""
     source = native(kind)
@@ -118,7 +135,39 @@ def test_adapters_in_a_model_that_is_there(kind):
     whole, _ = get_pvm_readout(remembering, ids)
     _, state = get_pvm_readout(remembering, ids[:, :30])
     torch.testing.assert_close(get_pvm_readout(remembering, ids[:, 30:], state)[0], whole, rtol=1e-4, atol=1e-4)
+    trained = inject_afrb_adapters(native(kind), train_backbone=True)
+    assert all(p.requires_grad for p in trained.parameters())
     bert = BertModel(BertConfig(vocab_size=V, hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
                                 intermediate_size=32))
     with pytest.raises(ValueError, match="sees tokens on both sides"):
         inject_afrb_adapters(bert)
+
+
+@pytest.mark.parametrize("mode", ["adapter with attention", "trace", "state, original order",
+                                  "learned query, write gate, ladder", "matrix, delta, content, gate"])
+def test_adapters_in_fp32_stand_in_a_model_of_16_bits(mode):
+    """The backbone stays in bf16, and so do the states it is given; the loss follows that of the fp32 model."""
+    source = native("llama")
+    options = {"n_afrb": 1, **MODES[mode]}
+    use_pvm = options.pop("enable_pvm", False)
+    ids = tokens()
+    losses = []
+    for model in (source, copy.deepcopy(source).bfloat16()):
+        wrapped = open_up(inject_afrb_adapters(model, use_pvm=use_pvm, **options))
+        assert {p.dtype for p in wrapped.backbone.parameters()} == {model.dtype}
+        assert {p.dtype for n, p in wrapped.named_parameters() if not n.startswith("backbone")} == {torch.float32}
+        out = wrapped(ids, labels=ids, diagnostics=True)
+        assert out.diagnostics["adapted"].dtype == model.dtype
+        out.nll_sum.backward()
+        losses.append(float(out.nll_sum.detach()))
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
+
+
+def test_a_matrix_memory_that_is_put_in_has_a_scale():
+    """It is measured on random ids, where a run measures it on its data; a given one stays."""
+    def scale(**options):
+        memory = inject_afrb_adapters(native("llama"), 0, use_pvm=True, pvm_memory="matrix", pvm_dk=16, pvm_dv=8,
+                                      **options).memory
+        return float(memory.log_scale().detach().exp())
+    assert scale() == scale(seed=0) >= 10
+    assert scale(pvm_scale=3.0) == pytest.approx(3.0)

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from evaluation.needle import Answers, ask
+from evaluation.needle import Answers, ask, nulls
 from evaluation.needle_reader import Reader
 from pretrain.config.needle import NeedleConfig
 from pretrain.config.objective import NeedleObjectiveConfig
 from pretrain.data.batch import Batch
 from pretrain.data.needle import NeedleSource
 from pretrain.data.open import eval_batches
-from pretrain.metrics.needle import needle_rates
+from pretrain.metrics.needle import Rate, needle_rates
 from pretrain.models.afrb.family import build
 from pretrain.models.afrb.schema import AFRBConfig
 from pretrain.models.base import BuildContext
@@ -26,7 +26,7 @@ LLAMA = {"model_type": "llama", "vocab_size": 328, "hidden_size": 64, "intermedi
 TASK = {"vocab_size": 328, "ctx_chunk_len": 8, "needle_len": 8, "needle_eval_examples": 50}
 
 
-def rates(legacy: bool) -> dict[str, float]:
+def rates(legacy: bool) -> dict[str, Rate]:
     """Of a token-wise null adapter after 150 steps of 16 examples."""
     model = build(AFRBConfig.model_validate({"backbone": {"hf_config": LLAMA}, "phase_mode": "none",
                                              "disable_attn": True, "layerscale_init": 0.1}), BuildContext(seed=1))
@@ -46,14 +46,17 @@ def rates(legacy: bool) -> dict[str, float]:
     val = NeedleSource(NeedleConfig.model_validate({**TASK, "split": "val"}))
     reader = Reader(model.eval(), torch.device("cpu"), readout=True)
     answers = Answers.of(ask(reader, eval_batches(val, rank=0, world=1, batch_size=25), val.config))
-    return {name: rate.value for name, rate in needle_rates(answers.predictions, 5).items()}
+    return needle_rates(answers.predictions, 5)
 
 
+@pytest.mark.slow
 def test_the_unshifted_loss_teaches_an_echo_and_no_retrieval():
     legacy, corrected = rates(legacy=True), rates(legacy=False)
-    assert legacy["needle_echo_rate"] > 0.5
-    assert legacy["needle_echo_rate"] == pytest.approx(legacy["echo_rate_haystack"], abs=0.15), "wherever it looks"
-    assert corrected["needle_echo_rate"] < 0.05
+    echo, elsewhere = legacy["needle_echo_rate"].value, legacy["echo_rate_haystack"].value
+    assert echo > 0.5
+    assert echo == pytest.approx(elsewhere, abs=0.15), "wherever it looks"
+    assert corrected["needle_echo_rate"].value < 0.05
+    chance = nulls(NeedleConfig.model_validate(TASK)).context_bag
     for found in (legacy, corrected):
-        assert found["needle_hit_rate"] < 1 / 8, "no more than the needle's tokens without their order"
-        assert found["needle_exact_match"] == 0.0
+        assert found["needle_hit_rate"].at_chance(chance), "no more than any id of the context"
+        assert found["needle_exact_match"].value == 0.0

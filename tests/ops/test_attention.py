@@ -66,6 +66,26 @@ def test_blocks_cover_every_visible_pair(batch, length, seed, causal):
     assert not left.any() and sum(b.stop - b.start for b in blocks) == length
 
 
+@checked
+@given(batch=st.integers(1, 2), length=st.integers(1, 20), seed=st.integers(0, 999), window=st.integers(1, 22),
+       documents=st.booleans())
+def test_a_window_hides_what_lies_further_back_and_blocks_cover_the_rest(batch, length, seed, window, documents):
+    layout = document_layout(*random_documents(batch, length, seed)) if documents else None
+    device, kind = torch.device("cpu"), torch.float32
+    whole = attention_bias(layout, length, length, causal=True, dtype=kind, device=device)
+    bias = attention_bias(layout, length, length, causal=True, dtype=kind, device=device, window=window)
+    near = torch.tensor([[i - j < window for j in range(length)] for i in range(length)])
+    assert torch.equal(bias == 0, (whole == 0) & near)
+    tail = attention_bias(layout, 1, length, causal=True, dtype=kind, device=device, window=window)
+    assert torch.equal(tail, bias[:, :, -1:])
+    left = bias.isfinite().clone()
+    blocks = query_blocks(layout, length, causal=True, size=5, window=window)
+    for block in blocks:
+        assert block.key_start >= block.start - window + 1
+        left[:, :, block.start:block.stop, block.key_start:block.key_stop] = False
+    assert not left.any() and sum(b.stop - b.start for b in blocks) == length
+
+
 def test_no_ids_and_no_mask_is_one_document():
     assert document_layout(None, None) is None
     ones = document_layout(None, torch.ones(2, 5))

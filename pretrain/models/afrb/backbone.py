@@ -82,9 +82,10 @@ class BackboneHFConfig(BaselineHFConfig):
     model_type = "afrb-backbone"
 
     def __init__(self, hf_config: dict[str, Any] | None = None, disabled_attention: DisableAttention | None = None,
-                 document_masking: bool = True, **kwargs: Any) -> None:
+                 document_masking: bool = True, attention_window: int | None = None, **kwargs: Any) -> None:
         self.hf_config = hf_config or {}
         self.disabled_attention = disabled_attention
+        self.attention_window = attention_window
         if not hf_config:  # transformers builds empty configs to compare with
             super().__init__(**kwargs)
             return
@@ -159,7 +160,8 @@ class Backbone(BaselineModel):
         """
         body = self.native.get_submodule(self.layout.body)
         if self.attends:
-            masking = self._masking(embeds[..., 0], document_ids, attention_mask, causal=True, past=tokens.past)
+            masking = self._masking(embeds[..., 0], document_ids, attention_mask, causal=True, past=tokens.past,
+                                    window=self.config.attention_window)
             out = body(inputs_embeds=embeds, past_key_values=cache, use_cache=use_cache, **self._given(masking))
             hidden = out.last_hidden_state if rows is None else pick(out.last_hidden_state, rows)
             return hidden, out.past_key_values if use_cache else None

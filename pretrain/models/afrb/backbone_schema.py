@@ -24,6 +24,8 @@ _ALIASES: dict[str, tuple[str, ...]] = {
 """Names that transformers' configs use for the same thing."""
 _REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
 _KNOWN = ("gpt2", "gpt_neo", "llama", "mistral")
+_MISTRAL_WINDOW = 4096
+"""What transformers takes where a Mistral's config.json names none."""
 
 
 class AttentionFree(NamedTuple):
@@ -35,7 +37,7 @@ class AttentionFree(NamedTuple):
 
 
 class BackboneConfig(Section):
-    """The causal language model that the adapters stand in. Frozen; its dropouts are off."""
+    """The causal language model that the adapters stand in. Its dropouts are off."""
 
     architectures: ClassVar[tuple[str, ...]] = _KNOWN
 
@@ -43,6 +45,8 @@ class BackboneConfig(Section):
                                       "(llama, mistral, gpt2 or gpt_neo) and sizes")
     weights: str | None = Field(None, description="folder with its safetensors: an export of this stack or a local "
                                 "Hugging Face folder; null: fresh weights from the seed")
+    trained: bool = Field(False, description="train it along with the adapters; a matrix memory's tables are whitened "
+                          "as they are before the first step, so retrieval may be lost as they move")
 
     @model_validator(mode="after")
     def _checked(self) -> BackboneConfig:
@@ -72,10 +76,6 @@ class BackboneConfig(Section):
         if head_dim is not None and head_dim * heads != self._get("hidden_size"):
             raise ConfigError(_KEY, f"head_dim {head_dim} x {heads} heads is not hidden_size "
                               f"{self._get('hidden_size')}; such models are not supported")
-        window = self.hf_config.get("sliding_window")
-        if window is not None and window < self._get("max_position_embeddings"):
-            raise ConfigError(_KEY, f"sliding_window {window} is below max_position_embeddings; attention here sees "
-                              f"all earlier tokens: set max_position_embeddings to {window} or less")
 
     def _get(self, name: str) -> Any:
         return next((self.hf_config[key] for key in _ALIASES[name] if self.hf_config.get(key) is not None), None)
@@ -102,6 +102,14 @@ class BackboneConfig(Section):
         if self.body == "llama":
             values["num_kv_heads"] = self._get("num_key_value_heads")
         return BaselineConfig(body=self.body, **values)
+
+    @property
+    def attention_window(self) -> int | None:
+        """Tokens that each token of the model attends to, itself included; None: all before it."""
+        if self.architecture != "mistral":
+            return None
+        window: int | None = self.hf_config.get("sliding_window", _MISTRAL_WINDOW)
+        return window
 
     def attention_parameters(self) -> AttentionFree:
         """Parameters of one layer's attention and of the norm in front of it."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from pretrain.models.afrb.phase import Scalar, Tokens, clock_time
@@ -34,6 +35,8 @@ class BlockControls(NamedTuple):
     """Whether its frequency is updated."""
     figures: bool = False
     """Whether the block is to measure itself."""
+    memory: float = 1.0
+    """0: its memory is read as if it were empty."""
 
 
 class BlockOutput(NamedTuple):
@@ -47,7 +50,24 @@ class BlockOutput(NamedTuple):
     """[B or 1, T, 1]: theta_i(t)."""
     state: BlockState
     figures: dict[str, Tensor]
-    """Detached scalars [1], where asked for: gates, and the memory's norm over that of what is written."""
+    """Detached scalars [1], where asked for: gates, frequency, the memory's norm over that of what is written."""
+
+
+class _Bounded(torch.autograd.Function):
+    """Clamp, whose gradient stops only where a step would lead further out: what lies outside can come back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, low: float, high: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.bounds = low, high
+        return x.clamp(low, high)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (x,), (low, high) = ctx.saved_tensors, ctx.bounds
+        outwards = ((x <= low) & (grad > 0)) | ((x >= high) & (grad < 0))
+        return grad.masked_fill(outwards, 0), None, None
 
 
 class ResonantBlock(GradientCheckpointingLayer):
@@ -87,8 +107,11 @@ class ResonantBlock(GradientCheckpointingLayer):
             nn.init.zeros_(self.embed.bias)
 
     def forward(self, x: Tensor, tokens: Tokens, controls: BlockControls, state: BlockState | None) -> BlockOutput:
-        """One block over x [B, T, D]; `state` is that of the call before, None at the beginning."""
-        u = self.norm_in(x)
+        """One block over x [B, T, D]; `state` is that of the call before, None at the beginning.
+
+        It computes in the type of its own weights, which need not be that of x.
+        """
+        u = self.norm_in(x.to(self.scale.dtype))
         before = None if state is None else state.mixer_inputs
         g = self._mix(u, tokens, before)
         angles = self._angles(tokens.positions, controls)
@@ -96,12 +119,14 @@ class ResonantBlock(GradientCheckpointingLayer):
         written = g
         if self.pvm is not None and self.kappa is not None:
             trace, memory = self.pvm(g, tokens, angles, None if state is None else state.memory)
+            if controls.memory != 1:
+                trace = Trace(trace.states * controls.memory, trace.angles)
             g = g + (torch.sigmoid(self.kappa()) * trace.states).to(g.dtype)
         if self.gamma is not None:
             strength = torch.sigmoid(self.gamma()) * controls.ramp
             g = g + (strength * self._turned(u.float(), angles)).to(g.dtype)
         inputs = last_inputs(u, before, self.cfg.mixer_taps - 1) if self.mixer is None else None
-        hidden = x + self.scale * self.norm_out(g)
+        hidden = x + (self.scale * self.norm_out(g)).to(x.dtype)
         figures = self._figures(written, trace) if controls.figures else {}
         return BlockOutput(hidden, trace, angles, BlockState(memory, inputs), figures)
 
@@ -114,11 +139,17 @@ class ResonantBlock(GradientCheckpointingLayer):
 
     def _angles(self, positions: Tensor, controls: BlockControls) -> Tensor:
         """theta_i(t) = omega_i ln(1 + t) + phi_i, [B or 1, T, 1] in the widest float."""
-        omega = self.omega(controls.omega_trained)
-        if self.cfg.adaptive_omega:
-            omega = omega.clamp(self.cfg.omega_min, self.cfg.omega_max)
+        omega = self._frequency(controls.omega_trained)
         time = clock_time("log", positions)
         return time * omega.to(time.dtype) + self.phase * controls.phase_ramp
+
+    def _frequency(self, trained: float = 1.0) -> Tensor:
+        """omega_i [1] fp32."""
+        omega = self.omega(trained)
+        if not self.cfg.adaptive_omega:
+            return omega
+        bounded: Tensor = _Bounded.apply(omega, self.cfg.omega_min, self.cfg.omega_max)
+        return bounded
 
     def _turned(self, u: Tensor, angles: Tensor) -> Tensor:
         """e [B, T, D] fp32."""
@@ -132,7 +163,7 @@ class ResonantBlock(GradientCheckpointingLayer):
     def _figures(self, written: Tensor, trace: Trace | None) -> dict[str, Tensor]:
         figures: dict[str, Tensor] = {}
         if self.gamma is not None:
-            figures["gamma"] = torch.sigmoid(self.gamma())
+            figures |= {"gamma": torch.sigmoid(self.gamma()), "omega": self._frequency()}
         if trace is not None and self.kappa is not None and self.pvm is not None:
             figures["pvm_gate"] = torch.sigmoid(self.kappa())
             figures["pvm_gate_start"] = torch.sigmoid(self.kappa.start)

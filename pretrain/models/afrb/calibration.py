@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Protocol
@@ -74,16 +75,27 @@ def set_scale(model: AFRBForCausalLM, ctx: Start) -> float:
     Every rank measures the same samples, so that the scale does not depend on their number; one at a time, as there may
     be memory for no more.
     """
-    memory = model.memory
-    assert memory is not None
     samples = ctx.train_samples(_MEASURED_ROWS)
+    return _scale_from(model, (_inputs(samples.rows(row, row + 1).to(ctx.device)) for row in range(len(samples))))
+
+
+@torch.no_grad()
+def set_scale_without_data(model: AFRBForCausalLM, seed: int) -> float:
+    """The same on random ids of the whole vocabulary, where no samples are at hand. Returns the scale."""
+    draw = torch.Generator().manual_seed(seed)
+    length = min(_ROWS, model.schema.max_seq_len or _ROWS)
+    ids = torch.randint(model.schema.vocab_size, (_MEASURED_ROWS, 1, length), generator=draw)
+    return _scale_from(model, ({"input_ids": row.to(model.device)} for row in ids))
+
+
+def _scale_from(model: AFRBForCausalLM, samples: Iterable[dict[str, Tensor]]) -> float:
+    assert model.memory is not None
     above = []
-    for row in range(len(samples)):
-        inputs = _inputs(samples.rows(row, row + 1).to(ctx.device))
+    for inputs in samples:
         logits = model(**inputs, return_logits=True, logits_to_keep=_ROWS, controls={"readout_off": 1.0}).logits.float()
         above.append(float((logits.amax(-1) - logits.mean(-1)).mean()))
     scale = max(_LEAST_SCALE, _SCALE * sum(above) / len(above))
-    memory.log_scale.start.fill_(math.log(scale))
+    model.memory.log_scale.start.fill_(math.log(scale))
     return scale
 
 

@@ -17,6 +17,8 @@ GATED_CHUNK = 16
 FADE_RANK = 16
 """Width between content and the decays of a gated memory."""
 _FP32 = 4
+_OF_TRAINED, _OF_TRAINED_ATTENDING = {True: 2, False: 1}, {True: 5, False: 3}
+"""Widths D that a trained layer keeps beyond a frozen one, Llama's or GPT-2's."""
 
 
 def adapter_parameters(cfg: AFRBConfig) -> int:
@@ -48,8 +50,7 @@ def _gate_parameters(cfg: AFRBConfig) -> int:
 def _readout_parameters(cfg: AFRBConfig) -> int:
     d = cfg.hidden_size
     inner = max(1, d // 4)
-    learned = cfg.needle_query_mode == "learned" and cfg.readout_mode != "state"
-    return d * d + 1 + (2 * d * inner + d + 3 * inner if learned else 0)
+    return d * d + 1 + (2 * d * inner + d + 3 * inner if cfg.learned_query else 0)
 
 
 def _matrix_parameters(cfg: AFRBConfig) -> int:
@@ -74,8 +75,7 @@ def adapter_flops(cfg: AFRBConfig, seq_len: int) -> float:
         return total
     if cfg.matrix:
         return total + gate + _matrix_flops(cfg, seq_len)
-    learned = cfg.needle_query_mode == "learned" and cfg.readout_mode != "state"
-    query = 4 * d * max(1, d // 4) if learned else 0
+    query = 4 * d * max(1, d // 4) if cfg.learned_query else 0
     weigh = 0 if cfg.readout_mode == "state" else 4 * seq_len * d * cfg.n_afrb
     return total + 2 * d * d + query + weigh
 
@@ -104,13 +104,16 @@ def activation_bytes(cfg: AFRBConfig, seq_len: int, scored: int, *, element_byte
     width; a test holds them to it.
     """
     memory = _memory_bytes(cfg, seq_len, scored, element_bytes)
-    if not cfg.n_afrb:  # nothing before the layers is trained: no gradient passes through them
+    if not cfg.n_afrb and not cfg.backbone.trained:  # nothing before the layers is: no gradient passes through them
         return memory
     layer, block = _layer_bytes(cfg, element_bytes), _block_bytes(cfg, element_bytes)
     mask = 0 if cfg.disable_attn else seq_len * element_bytes
     # Without attention only scored tokens go through the layers, unless a vector readout looks back at the others.
     passing = scored / seq_len if cfg.disable_attn and (cfg.matrix or cfg.readout_from != "pvm") else 1.0
-    layers, outside = passing * cfg.backbone.sizes.num_layers, passing * _norm_bytes(cfg, element_bytes) + mask + memory
+    last = _norm_bytes(cfg, element_bytes)
+    if cfg.backbone.trained:  # the last norm's scale and the output table
+        last += element_bytes * cfg.hidden_size * (2 if cfg.backbone.body == "llama" else 1)
+    layers, outside = passing * cfg.backbone.sizes.num_layers, passing * last + mask + memory
     if cfg.backbone.architecture == "gpt_neo" and not cfg.disable_attn:
         layer += _FP32 * cfg.backbone.sizes.num_heads * seq_len  # its attention keeps probabilities
     if checkpointing:
@@ -128,11 +131,14 @@ def _norm_bytes(cfg: AFRBConfig, e: int) -> float:
 
 
 def _layer_bytes(cfg: AFRBConfig, e: int) -> float:
-    """One frozen layer: inputs of norms and activations, and what attention keeps."""
+    """One layer: inputs of norms and activations, and what attention keeps; of one that is trained, inputs of products.
+    """
     sizes, norm = cfg.backbone.sizes, _norm_bytes(cfg, e)
     d, kv = sizes.hidden_size, sizes.kv_heads * sizes.head_dim
     llama = cfg.backbone.body == "llama"
     mlp = (3 if llama else 1) * sizes.mlp_size * e
+    if cfg.backbone.trained:  # inputs of products and of the norms' scales
+        mlp += e * (sizes.mlp_size + d * (_OF_TRAINED[llama] if cfg.disable_attn else _OF_TRAINED_ATTENDING[llama]))
     if not cfg.disable_attn:
         return 2 * norm + mlp + e * ((d + 2 * kv) if llama else 4 * d)
     return norm * (2 if cfg.disable_attn_mode == "identity" else 1) + mlp

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
+from pretrain.config.needle import NeedleConfig
 from pretrain.config.run import OptimConfig, RunConfig
 from pretrain.models.afrb.calibration import fit_readout, set_readout, set_scale, whiten_tables
 from pretrain.models.afrb.model import AFRBForCausalLM, hf_config
+from pretrain.models.afrb.ridge import RidgeFit
 from pretrain.models.afrb.schema import AFRBConfig
 from pretrain.models.afrb.weights import load_backbone
 from pretrain.models.base import BuildContext, Diagnosis, EngineStartContext, Family, Hooks, ParamGroup
 from pretrain.models.build import build_seeded
+from pretrain.models.groups import decay_groups
 
 _NO_CALIBRATION = 0.01
 _STILL = 1e-6
+_HALF_ULP = 2.0**-24
 _log = logging.getLogger("pretrain")
 
 
@@ -28,7 +33,11 @@ def build(cfg: AFRBConfig, ctx: BuildContext) -> PreTrainedModel:
 
 
 def parameter_groups(model: PreTrainedModel, optim: OptimConfig) -> list[ParamGroup]:
-    """Matrices decay; vectors, scalars, frequencies and the readout map, which may be frozen, do not."""
+    """Matrices decay; vectors, scalars, frequencies and the readout map, which may be frozen, do not.
+
+    Frequencies have no momentum, which would move them in the steps between their updates too. A backbone that is
+    trained has its own matrices and embeddings.
+    """
     assert isinstance(model, AFRBForCausalLM)
     cfg = model.schema
     groups = {
@@ -36,10 +45,13 @@ def parameter_groups(model: PreTrainedModel, optim: OptimConfig) -> list[ParamGr
         "vectors": ParamGroup("vectors", []),
         "readout": ParamGroup("readout", []),
         "scalars": ParamGroup("scalars", [], lr_scale=cfg.scalar_lr_scale),
-        "omega": ParamGroup("omega", [], lr_scale=cfg.adaptive_omega_lr / optim.lr),
+        "omega": ParamGroup("omega", [], lr_scale=cfg.adaptive_omega_lr / optim.lr, betas=(0.0, optim.betas[1])),
     }
+    of_backbone = {"decay": "matrices", "no_decay": "vectors"}
+    for group in decay_groups(model.backbone, optim.weight_decay):
+        groups[of_backbone[group.name]].params.extend(group.params)
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and not name.startswith("backbone."):
             groups[_group(name, parameter)].params.append(parameter)
     return [group for group in groups.values() if group.params]
 
@@ -61,8 +73,16 @@ class AFRBHooks(Hooks):
         assert isinstance(config.model, AFRBConfig)
         self.cfg = config.model
         self.fresh = config.train.init_from is None
+        self.fit: RidgeFit | None = None
         for note in self.cfg.notes():
             _log.warning("%s", note)
+        source = config.data.source
+        if self.cfg.vector_pvm and isinstance(source, NeedleConfig):
+            kept = self.cfg.pvm_beta ** source.min_distance
+            if kept < _HALF_ULP:
+                _log.warning("model.pvm_beta %g: of the nearest needle, %d tokens back, a state keeps %.1g, less than "
+                             "fp32 can tell; a state holds the last %d tokens", self.cfg.pvm_beta, source.min_distance,
+                             kept, math.floor(math.log(_HALF_ULP) / math.log(self.cfg.pvm_beta)))
 
     def before_engine(self, ctx: EngineStartContext) -> None:
         """Everything of a model that comes neither from a seed nor from training."""
@@ -75,19 +95,25 @@ class AFRBHooks(Hooks):
             return
         was_training = model.training
         model.eval()
-        fit = None
         with ctx.gathered_in_use():
             whiten_tables(model)
             if model.memory is not None and self.cfg.pvm_scale is None and self.fresh:
                 _log.info("pvm: logits start at scale %.3g", set_scale(model, ctx))
             if self.cfg.kiss_ridge_calib and (self.cfg.kiss_ridge_force or not bool(model.calibrated)):
-                fit = fit_readout(model, ctx)
-        if fit is not None:
-            set_readout(model, ctx, fit)
-            if not fit.r2_heldout >= _NO_CALIBRATION:
+                self.fit = fit_readout(model, ctx)
+        if self.fit is not None:
+            set_readout(model, ctx, self.fit)
+            if not self.fit.r2_heldout >= _NO_CALIBRATION:
                 _log.warning("[DIAG:K1] R2 of %.4f on held-out pairs | calibration carries no information",
-                             fit.r2_heldout)
+                             self.fit.r2_heldout)
         model.train(was_training)
+
+    def measured(self) -> dict[str, float]:
+        """The fit of the readout map."""
+        if self.fit is None:
+            return {}
+        return {"ridge/pairs": self.fit.pairs, "ridge/lambda": self.cfg.kiss_ridge_l2, "ridge/rank": self.fit.rank,
+                "ridge/r2_train": self.fit.r2_train, "ridge/r2_heldout": self.fit.r2_heldout}
 
     def controls(self, step: int) -> dict[str, float]:
         """Ramps of the blocks, and which late parts are trained at this step."""
@@ -119,7 +145,7 @@ def _findings(metrics: Mapping[str, float]) -> Iterator[Diagnosis]:
     if coherence is not None and coherence < 0.7:
         yield Diagnosis("C1", f"phase coherence {coherence:.2f} is low (it is no measure of quality)",
                         "alpha 0.02, omega 6.5, lr 5e-5, grad_clip 0.5")
-    if coherence is not None and coherence >= 0.99:
+    if coherence is not None and coherence >= 0.99 and "val/gamma_saturation" in metrics:  # some block has a phase
         yield Diagnosis("C2", f"phase coherence {coherence:.3f}: hidden states have collapsed onto one direction",
                         "a lower learning rate, or a smaller layerscale_init")
     if norm is not None and norm > 1.5:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pretrain.models.afrb.calibration import whiten_tables
+from pretrain.models.afrb.calibration import set_scale_without_data, whiten_tables
 from pretrain.models.afrb.family import build
 from pretrain.models.afrb.model import AFRBForCausalLM
 from pretrain.models.afrb.schema import AFRBConfig
@@ -18,18 +18,19 @@ from pretrain.models.base import BuildContext
 
 def inject_afrb_adapters(model: PreTrainedModel, n_afrb: int = 1, alpha: float = 0.04, omega: float = 6.0,
                          gamma: float = 0.2, device: torch.device | str | None = None, use_pvm: bool = False,
-                         pvm_alpha: float = 0.3, pvm_beta: float | None = None, *, seed: int = 0,
-                         **options: Any) -> AFRBForCausalLM:
+                         pvm_alpha: float = 0.3, pvm_beta: float | None = None, *, train_backbone: bool = False,
+                         seed: int = 0, **options: Any) -> AFRBForCausalLM:
     """A causal language model of transformers with adapters after its embedding.
 
-    The wrapped model's weights are the given model's own (shared, frozen), except those of attention where
-    `disable_attn=True`; the adapters are fresh and start as the identity.
+    The wrapped model's weights are the given model's own (shared; frozen, unless `train_backbone`), except those of
+    attention where `disable_attn=True`; the adapters are fresh, in fp32, and start as the identity.
 
     Args:
         model: Llama, Mistral, GPT-2 or GPT-Neo.
         n_afrb, alpha, omega, gamma, use_pvm, pvm_alpha, pvm_beta: as in `AFRBConfig` (`enable_pvm`).
         device: where the result goes; None: where the model is.
-        seed: of the adapters' weights.
+        train_backbone: also train the given model's weights.
+        seed: of the adapters' weights, and of the random ids on which the scale of a matrix memory is measured.
         options: any other field of `AFRBConfig`.
 
     Raises:
@@ -37,8 +38,9 @@ def inject_afrb_adapters(model: PreTrainedModel, n_afrb: int = 1, alpha: float =
     """
     retention = {} if pvm_beta is None else {"pvm_beta": pvm_beta}
     cfg = AFRBConfig.model_validate({
-        "backbone": {"hf_config": model.config.to_diff_dict() | _sizes(model)}, "n_afrb": n_afrb, "alpha": alpha,
-        "omega": omega, "gamma": gamma, "enable_pvm": use_pvm, "pvm_alpha": pvm_alpha, **retention, **options})
+        "backbone": {"hf_config": model.config.to_diff_dict() | _sizes(model), "trained": train_backbone},
+        "n_afrb": n_afrb, "alpha": alpha, "omega": omega, "gamma": gamma, "enable_pvm": use_pvm,
+        "pvm_alpha": pvm_alpha, **retention, **options})
     wrapped = build(cfg, BuildContext(seed=seed))
     assert isinstance(wrapped, AFRBForCausalLM)
     native = wrapped.backbone.native
@@ -50,10 +52,13 @@ def inject_afrb_adapters(model: PreTrainedModel, n_afrb: int = 1, alpha: float =
                          f"{', '.join(type(cfg.backbone).architectures)}")
     native.load_state_dict(given, assign=True)
     native.tie_weights()
-    for parameter in native.parameters():
-        parameter.requires_grad_(False)
+    native.requires_grad_(train_backbone)
     wrapped = wrapped.to(device or model.device)
     whiten_tables(wrapped)
+    if wrapped.memory is not None and cfg.pvm_scale is None:
+        was_training = wrapped.training
+        set_scale_without_data(wrapped.eval(), seed)
+        wrapped.train(was_training)
     return wrapped
 
 

@@ -68,6 +68,8 @@ class MatrixOutput(NamedTuple):
     features: Tensor
     """[B, R, dv] fp32: r / |r|."""
     state: MatrixState | None
+    share: Tensor | None
+    """[B, T, 1]: how much of each token is written; None: all of every one."""
 
 
 class Whitening(nn.Module):
@@ -222,7 +224,7 @@ class MatrixMemory(nn.Module):
             after = None
             if keep_state and matrix is not None:
                 after = self._after(matrix, embedded, features, seen, head, state)
-            return self._say(reads, controls, after)
+            return self._say(reads, controls, after, share)
 
     def _read(self, queries: Tensor, rows: Tensor | None, keys: Tensor, values: Tensor, share: Tensor | None,
               tokens: Tokens, first: Tensor | None, *, keep_state: bool) -> tuple[Tensor, Tensor | None]:
@@ -329,12 +331,13 @@ class MatrixMemory(nn.Module):
         angles = (step * (1 - frozen))[..., None].to(wide(asked.device)) * self.turn.to(wide(asked.device))
         return ReadHead(rotate(anchor, angles), anchor[:, -1], step[:, -1] + 1)
 
-    def _say(self, reads: Tensor, controls: Mapping[str, float], state: MatrixState | None) -> MatrixOutput:
+    def _say(self, reads: Tensor, controls: Mapping[str, float], state: MatrixState | None,
+             share: Tensor | None) -> MatrixOutput:
         features = F.normalize(reads * (1 - controls.get("memory_zero", 0.0)), dim=-1)
         project = masked(self.project, controls.get("pvm2emb_trained", 1.0)).to(features.dtype)
         whitened = features @ project.T
         scale = self.log_scale().exp().to(features.dtype)
-        return MatrixOutput(whitened, scale * self.output_rows.back(whitened), features, state)
+        return MatrixOutput(whitened, scale * self.output_rows.back(whitened), features, state, share)
 
     def _after(self, matrix: Tensor, embedded: Tensor, features: Tensor, seen: Tensor | None, head: ReadHead,
                state: MatrixState | None) -> MatrixState:

@@ -1,4 +1,4 @@
-"""AFRB: a frozen causal language model with resonant adapters after its embedding and a phase vector memory beside it.
+"""AFRB: a causal language model, as a rule frozen, with resonant adapters after its embedding and a memory beside it.
 
     embeddings -> n blocks (mixer, memory, phase) -> backbone -> hidden h -> logits W_out (h + scale P r)
 
@@ -80,7 +80,8 @@ class AFRBForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: AFRBHFConfig) -> None:
         super().__init__(config)
         cfg = self.schema = config.schema()
-        inner = BackboneHFConfig(cfg.backbone.hf_config, cfg.disabled_attention, config.document_masking)
+        inner = BackboneHFConfig(cfg.backbone.hf_config, cfg.disabled_attention, config.document_masking,
+                                 cfg.attention_reach)
         inner._attn_implementation = self.config._attn_implementation
         self.backbone = Backbone(inner)
         self.afrb_adapters = nn.ModuleList(ResonantBlock(cfg, index) for index in range(cfg.n_afrb))
@@ -88,7 +89,8 @@ class AFRBForCausalLM(PreTrainedModel, GenerationMixin):
         self.memory = MatrixMemory(cfg) if cfg.matrix_pvm and reads else None
         self.readout = VectorReadout(cfg) if cfg.vector_pvm and reads else None
         self.register_buffer("calibrated", torch.zeros(1, dtype=torch.float32) if reads else None)
-        freeze(self.backbone)
+        if not cfg.backbone.trained:
+            freeze(self.backbone)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -124,7 +126,8 @@ class AFRBForCausalLM(PreTrainedModel, GenerationMixin):
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None, document_ids: Tensor | None = None,
                 attention_mask: Tensor | None = None, readout_positions: Tensor | None = None,
-                negatives: Tensor | None = None, past_key_values: AFRBState | None = None, use_cache: bool = False,
+                negatives: Tensor | None = None, nce_positions: Tensor | None = None,
+                past_key_values: AFRBState | None = None, use_cache: bool = False,
                 return_logits: bool = False, logits_to_keep: int = 0, controls: Mapping[str, float] | None = None,
                 diagnostics: bool = False, return_dict: bool = True) -> AFRBOutput:
         """Loss sums or logits, at all tokens or at chosen rows.
@@ -136,16 +139,17 @@ class AFRBForCausalLM(PreTrainedModel, GenerationMixin):
             attention_mask: like `document_ids`, 0 at padding.
             readout_positions: [B, R] of the T tokens: memory, output table and loss are computed at these rows alone,
                 and logits are [B, R, V].
-            negatives: [B, N] ids; then `terms["nce"]` is (sum, count) of InfoNCE against the output table at the rows,
-                positives the labels there, and `terms["nce_correct"]` counts first choices.
+            negatives: [B, N] ids, taken modulo the vocabulary; then `terms["nce"]` is (sum, count) of InfoNCE against
+                the output table at the rows, positives the labels there, and `terms["nce_correct"]` counts first
+                choices. `nce_positions` [B, S] limits it to these of the rows.
             past_key_values, use_cache: state for decoding; with `use_cache` it comes back in the output.
             return_logits: also return logits [B, T, V]; `logits_to_keep` > 0 limits them to the last positions.
             controls: `rho_I`, `phase_ramp`, `omega_trained`, `pvm2emb_trained`, `query_trained` from the family's
                 hooks; `infonce_tau`; and switches of ablations, 1 to use them: `readout_off` (logits of the backbone
                 alone), `memory_zero` (memories are read empty), `phase_freeze` (a stepped read head stands still).
             diagnostics: also return tensors: `embeddings`, `adapted`, `hidden` [B, T, D]; `theta` [n, B or 1, T];
-                `gamma`, `pvm_gate`, `pvm_gate_start`, `pvm_memory_norm` [n]; `traces` [n, B, T, D]; `readout`
-                [B, R, D or dv]; `readout_entropy`, `readout_largest`, `readout_cosine` [n, B, R].
+                `gamma`, `omega`, `pvm_gate`, `pvm_gate_start`, `pvm_memory_norm` [n]; `traces` [n, B, T, D]; `readout`
+                [B, R, D or dv]; `write_gate` [B, T]; `readout_entropy`, `readout_largest`, `readout_cosine` [n, B, R].
             return_dict: as transformers' generation passes it; the output is always an `AFRBOutput`.
         """
         controls = controls or {}
@@ -168,8 +172,10 @@ class AFRBForCausalLM(PreTrainedModel, GenerationMixin):
                                   replace=replace)
         output = AFRBOutput(past_key_values=self._after(tokens, input_ids, blocks, said, cache) if use_cache else None)
         if labels is not None:
-            self._losses(output, features, labels if rows is None else pick(labels, rows), head, said, negatives,
-                         controls)
+            asked = labels if rows is None else pick(labels, rows)
+            self._losses(output, features, asked, head)
+            if negatives is not None:
+                output["terms"] |= self._nce(said, asked, negatives % self.config.vocab_size, nce_positions, controls)
         if return_logits:
             kept = features[:, -logits_to_keep:] if logits_to_keep else features
             output["logits"] = head(kept)
@@ -183,7 +189,7 @@ class AFRBForCausalLM(PreTrainedModel, GenerationMixin):
         found: list[BlockOutput] = []
         for index, block in enumerate(self.afrb_adapters):
             own = BlockControls(controls.get(f"rho_{index + 1}", 1.0), controls.get("phase_ramp", 1.0),
-                                controls.get("omega_trained", 1.0), measure)
+                                controls.get("omega_trained", 1.0), measure, 1 - controls.get("memory_zero", 0.0))
             before = None if state is None else state.blocks[index]
             found.append(block(found[-1].hidden if found else embeddings, tokens, own, before))
         return found
@@ -226,26 +232,26 @@ class AFRBForCausalLM(PreTrainedModel, GenerationMixin):
             return own + (on * self.schema.readout_scale * said.vector).to(hidden.dtype)
         return torch.cat([own, on * said.logit_vector.to(hidden.dtype)], -1)
 
-    def _losses(self, output: AFRBOutput, features: Tensor, labels: Tensor, head: _Head,
-                said: MatrixOutput | ReadoutOutput | None, negatives: Tensor | None,
-                controls: Mapping[str, float]) -> None:
+    def _losses(self, output: AFRBOutput, features: Tensor, labels: Tensor, head: _Head) -> None:
         sums = chunked_cross_entropy(features.flatten(0, 1), labels.flatten(), head)
         output["nll_sum"], output["n_tokens"], output["n_correct"] = sums.nll_sum, sums.n_tokens, sums.n_correct
-        terms = {"z": (sums.z_sum, sums.n_tokens)}
-        if negatives is not None:
-            if said is None:
-                raise ValueError("negatives are scored against what the memory says, but model.readout_from is none")
-            table = self.get_output_embeddings()
-            positive, negative = table(labels.clamp(min=0)), table(negatives)
-            if isinstance(said, MatrixOutput) and self.memory is not None:
-                whiten = self.memory.output_rows
-                found = infonce(said.whitened, whiten(positive), whiten(negative), labels != IGNORE_INDEX,
-                                controls.get("infonce_tau", NCE_TEMPERATURE))
-            elif isinstance(said, ReadoutOutput):
-                found = infonce(said.vector, positive, negative, labels != IGNORE_INDEX,
-                                controls.get("infonce_tau", NCE_TEMPERATURE))
-            terms |= {"nce": (found.loss, found.count), "nce_correct": (found.correct, found.count)}
-        output["terms"] = terms
+        output["terms"] = {"z": (sums.z_sum, sums.n_tokens)}
+
+    def _nce(self, said: MatrixOutput | ReadoutOutput | None, labels: Tensor, negatives: Tensor,
+             positions: Tensor | None, controls: Mapping[str, float]) -> dict[str, tuple[Tensor, Tensor]]:
+        """InfoNCE of what is said at the rows of labels [B, R], or at `positions` [B, S] of them."""
+        if said is None:
+            raise ValueError("negatives are scored against what the memory says, but model.readout_from is none")
+        vectors = said.whitened if isinstance(said, MatrixOutput) else said.vector
+        if positions is not None:
+            vectors, labels = pick(vectors, positions), pick(labels, positions)
+        table = self.get_output_embeddings()
+        positive, negative = table(labels.clamp(min=0)), table(negatives)
+        if self.memory is not None:
+            positive, negative = self.memory.output_rows(positive), self.memory.output_rows(negative)
+        found = infonce(vectors, positive, negative, labels != IGNORE_INDEX,
+                        controls.get("infonce_tau", NCE_TEMPERATURE), negatives[:, None] == labels[..., None])
+        return {"nce": (found.loss, found.count), "nce_correct": (found.correct, found.count)}
 
     def _after(self, tokens: Tokens, input_ids: Tensor, blocks: list[BlockOutput],
                said: MatrixOutput | ReadoutOutput | None, cache: Any | None) -> AFRBState:
@@ -265,6 +271,8 @@ class AFRBForCausalLM(PreTrainedModel, GenerationMixin):
             found["traces"] = torch.stack(traces)
         if said is not None:
             found["readout"] = said.features.detach()
+        if isinstance(said, MatrixOutput) and said.share is not None and self.schema.pvm_write_gate:
+            found["write_gate"] = said.share[..., 0].detach()
         if isinstance(said, ReadoutOutput) and said.weights is not None:
             found |= {f"readout_{name}": value for name, value in said.weights._asdict().items()}
         return found

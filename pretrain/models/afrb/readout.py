@@ -82,7 +82,7 @@ class VectorReadout(nn.Module):
         state = cfg.readout_mode == "state"
         self.log_tau = None if state else Scalar(math.log(cfg.readout_tau))
         self.turn_back = Scalar(0.0) if state else None
-        self.query = QueryHead(width) if cfg.needle_query_mode == "learned" and not state else None
+        self.query = QueryHead(width) if cfg.learned_query else None
 
     def reset_parameters(self) -> None:
         """P orthogonal."""
@@ -110,7 +110,6 @@ class VectorReadout(nn.Module):
             known = stored if state is None or state.traces is None else torch.cat([state.traces, stored], 2)
             read, weights = self._weigh(query, known, tokens, rows, measure=measure)
             after = self._after(hidden, known, state) if keep_state else None
-        read = read * (1 - controls.get("memory_zero", 0.0))
         features = F.normalize(read, dim=-1) * math.sqrt(read.shape[-1])
         project = masked(self.project, controls.get("pvm2emb_trained", 1.0))
         return ReadoutOutput(features, features.to(project.dtype) @ project.T, after, weights)
@@ -139,7 +138,7 @@ class VectorReadout(nn.Module):
             share = inside.float() / inside.sum(-1, keepdim=True)
         mean = _window_mean(h, past[:, 1:], share, rows)
         if self.query is not None:
-            mean = self.query(mean.to(hidden.dtype), controls.get("query_trained", 1.0)).float()
+            mean = self.query(mean.to(self.project.dtype), controls.get("query_trained", 1.0)).float()
         return F.normalize(mean, dim=-1)
 
     def _weigh(self, query: Tensor, known: Tensor, tokens: Tokens, rows: Tensor | None, *, measure: bool

@@ -31,6 +31,10 @@ _IGNORED = {
     "mem_acc_exact": "of the original only", "phase_alignment_weight": "phases are not learned, so a penalty on them "
     "changes nothing",
 }
+_OF_VECTOR = ("pvm_alpha", "pvm_gate_init", "pvm_order", "t2_enable", "readout_mode", "readout_tau", "readout_topk",
+              "readout_scale", "readout_window", "needle_query_mode")
+_OF_MATRIX = ("pvm_dk", "pvm_dv", "pvm_address_taps", "pvm_query_taps", "pvm_address_decay", "pvm_rule",
+              "pvm_separate_query", "pvm_init", "pvm_read")
 
 
 class AFRBConfig(ModelConfig):
@@ -146,6 +150,9 @@ class AFRBConfig(ModelConfig):
     disable_attn_mode: DisableAttention = Field("zero", description="what it adds then: nothing, or (the original) its "
                                                 "normalised input")
 
+    attention_window: int | None = Field(None, ge=1, description="where attention is kept, tokens each token attends "
+                                         "to, itself included; null: all, or as the backbone was trained")
+
     skip_phase_metrics: bool = Field(False, description="evaluations measure no phases")
     phase_curvature_metrics: bool = Field(False, description="evaluations also measure where a vector memory's path "
                                           "bends, over all validation needles")
@@ -206,9 +213,10 @@ class AFRBConfig(ModelConfig):
                               "model.pvm_beta 1 and model.pvm_read chain")
         if self.adaptive_omega and self.phase_mode == "none":
             raise ConfigError("model.adaptive_omega", "learns phase frequencies, but model.phase_mode is none")
-        if self.adaptive_omega and not self.omega_min <= self.omega <= self.omega_max:
-            raise ConfigError("model.omega", f"{self.omega:g} lies outside of omega_min {self.omega_min:g} to "
-                              f"omega_max {self.omega_max:g}; widen the bounds")
+        for block in self.block_profile() if self.adaptive_omega else ():
+            if not self.omega_min <= block["omega"] <= self.omega_max:
+                raise ConfigError("model.omega", f"{block['omega']:g}, at which a block begins, lies outside of "
+                                  f"omega_min {self.omega_min:g} to omega_max {self.omega_max:g}; widen the bounds")
         return self
 
     @property
@@ -248,6 +256,12 @@ class AFRBConfig(ModelConfig):
         return self.enable_pvm and self.matrix
 
     @property
+    def attention_reach(self) -> int | None:
+        """Tokens that attention sees, itself included: the least of the section's window and the backbone's own."""
+        return min((window for window in (self.attention_window, self.backbone.attention_window) if window is not None),
+                   default=None)
+
+    @property
     def disabled_attention(self) -> DisableAttention | None:
         """How attention is taken out; None where it is kept."""
         return self.disable_attn_mode if self.disable_attn else None
@@ -262,9 +276,24 @@ class AFRBConfig(ModelConfig):
         """Last states that a windowed readout sees; None without a window."""
         return int(self.readout_mode.removeprefix("window:")) if self.readout_mode.startswith("window:") else None
 
+    @property
+    def learned_query(self) -> bool:
+        """Whether a vector readout makes its query by a learned map; one of the last state asks nothing."""
+        return self.needle_query_mode == "learned" and self.readout_mode != "state"
+
     def notes(self) -> list[str]:
-        """What is accepted and ignored, one line each."""
-        return [f"model.{key}: {why}; ignored" for key, why in _IGNORED.items() if getattr(self, key)]
+        """What is accepted and changes nothing, one line each."""
+        found = [f"model.{key}: {why}; ignored" for key, why in _IGNORED.items() if getattr(self, key)]
+        if self.enable_pvm:
+            own, keys = ("vector", _OF_MATRIX) if not self.matrix else ("matrix", _OF_VECTOR)
+            defaults = {key: info.default for key, info in type(self).model_fields.items()}
+            found += [f"model.{key}: a {own} memory has none; ignored" for key in keys
+                      if getattr(self, key) != defaults[key]]
+        if self.freeze_readout_steps and not (self.vector_pvm and self.learned_query):
+            found.append("model.freeze_readout_steps: there is no learned query; ignored")
+        if self.attention_window is not None and self.disable_attn:
+            found.append("model.attention_window: model.disable_attn leaves no attention; ignored")
+        return found
 
     def block_profile(self) -> list[dict[str, float]]:
         """Alpha, initial gamma, initial omega and phi of each block."""
@@ -273,9 +302,9 @@ class AFRBConfig(ModelConfig):
                 for i in range(self.n_afrb)]
 
     def parameter_count(self) -> ParameterCount:
-        """Exact count; the backbone is frozen."""
-        own = adapter_parameters(self)
-        return ParameterCount(total=self.backbone.parameter_count(self.disabled_attention) + own, trainable=own)
+        """Exact count."""
+        own, theirs = adapter_parameters(self), self.backbone.parameter_count(self.disabled_attention)
+        return ParameterCount(total=theirs + own, trainable=own + (theirs if self.backbone.trained else 0))
 
     def flops_per_token(self, seq_len: int) -> float:
         """Matrix products of one forward with a readout at every token."""
@@ -283,7 +312,7 @@ class AFRBConfig(ModelConfig):
 
     def activation_bytes_per_token(self, seq_len: int, *, element_bytes: int, checkpointing: bool,
                                    scored: int | None = None) -> float:
-        """Bytes kept for the backward pass: the frozen layers' too, since gradients pass through them."""
+        """Bytes kept for the backward pass: those of frozen layers too, since gradients pass through them."""
         return activation_bytes(self, seq_len, scored or seq_len, element_bytes=element_bytes,
                                 checkpointing=checkpointing)
 

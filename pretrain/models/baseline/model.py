@@ -159,8 +159,11 @@ class BaselineModel(PreTrainedModel):
         self.native.set_input_embeddings(value)
 
     def _masking(self, input_ids: Tensor, document_ids: Tensor | None, attention_mask: Tensor | None, *, causal: bool,
-                 past: int = 0) -> _Masking:
-        """Positions and mask for the last T of `past + T` tokens; ids and mask cover all of them."""
+                 past: int = 0, window: int | None = None) -> _Masking:
+        """Positions and mask for the last T of `past + T` tokens; ids and mask cover all of them.
+
+        With a `window` each token sees that many, itself included.
+        """
         length, total = input_ids.shape[1], past + input_ids.shape[1]
         if total > self.config.max_position_embeddings:
             raise ValueError(f"input of {total} tokens, but max_position_embeddings is "
@@ -172,13 +175,15 @@ class BaselineModel(PreTrainedModel):
         layout = document_layout(document_ids if self.config.document_masking else None, attention_mask)
         if layout is not None and _is_one_document(layout):
             layout = None
+        if window is not None and window >= total:
+            window = None
         device, eager = input_ids.device, self.native.config._attn_implementation == "eager"
         blocked = device.type == "cpu" and not past and not eager and not torch.compiler.is_compiling()
-        kernel_masks = layout is None and (not causal or not past or length == 1)
+        kernel_masks = layout is None and window is None and (not causal or not past or length == 1)
         bias = None
         if blocked or not kernel_masks or (eager and causal):
-            bias = attention_bias(layout, length, total, causal=causal, dtype=self.dtype, device=device)
-        blocks = query_blocks(layout, length, causal=causal, size=QUERY_BLOCK) if blocked else None
+            bias = attention_bias(layout, length, total, causal=causal, dtype=self.dtype, device=device, window=window)
+        blocks = query_blocks(layout, length, causal=causal, size=QUERY_BLOCK, window=window) if blocked else None
         positions = None if layout is None else layout.positions[:, past:]
         return _Masking(positions, bias, blocks)
 
