@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from pretrain.cli.plan_text import assumed_device, assumed_speed, plan_lines, resolve_precision, training_samples
 from pretrain.config.deepspeed import deepspeed_config
 from pretrain.config.load import LoadedConfig, dump_yaml
-from pretrain.config.plan import make_plan
+from pretrain.config.plan import make_plan, never_counts
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,4 +29,5 @@ def dry_run(loaded: LoadedConfig, world: int, console: Console | None = None) ->
                      speed=assumed_speed(config, precision))
     deepspeed_config(config, plan.batch, precision, on_cuda=facts.kind == "cuda")
     lines = [dump_yaml(loaded), *plan_lines(plan, precision_reason=reason, data_name=data_name)]
+    lines += never_counts(config, plan.batch, plan.steps)
     (console or Console()).print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)

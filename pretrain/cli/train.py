@@ -26,19 +26,26 @@ def train(config: ConfigArgument = None, preset: PresetOption = None, *, sets: S
                             "NAME, which begins at a checkpoint of the config's run, or go on with it.")] = None,
           from_step: Annotated[str | None, typer.Option("--from-step", metavar="N", show_default=False, help="With "
                                "--branch: step to begin at, or best-METRIC; default: the newest checkpoint.")] = None,
+          no_launcher: Annotated[bool, typer.Option("--no-launcher", help="Train in this process, as the only rank: "
+                                                    "for notebooks and debuggers.")] = False,
           dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would run, and touch nothing.")] = False,
           log_level: LogLevelOption = LogLevel.INFO) -> None:
     """Train, or go on with, the run that a config describes.
 
-    Alone it starts `launch.nproc` ranks on this machine. Under srun, torchrun or deepspeed the same command is one rank
-    of theirs. Exit codes: 0 done, 2 bad input, 3 corrupt data, 4 diverged, 5 a check failed, 6 hang, 85 stopped on
-    request and resumable by the same command.
+    Alone it starts `launch.nproc` ranks on this machine, or with --no-launcher none but itself. Under srun, torchrun or
+    deepspeed the same command is one rank of theirs. Exit codes: 0 done, 2 bad input, 3 corrupt data, 4 diverged,
+    5 a check failed, 6 hang, 85 stopped on request and resumable by the same command.
     """
     if nproc is not None:
         sets = [*sets, f"launch.nproc={nproc}"]
     from pretrain.engine.launcher import launch, worker_command
-    from pretrain.engine.ranks import rank_environment
+    from pretrain.engine.ranks import ALONE, rank_environment
     from pretrain.engine.stopping import StopSignals
+    if no_launcher:
+        if nproc not in (None, 1) or rank_environment(os.environ) is not None:
+            raise UserError("--no-launcher: trains in one process, without --nproc and without another launcher")
+        sets = [*sets, "launch.nproc=1"]
+        os.environ.update({} if dry_run else ALONE)
     own = rank_environment(os.environ) if not dry_run else None
     signals = StopSignals.installed(is_main=own.rank == 0) if own is not None else None
     loaded = load_config(config, preset, sets)
@@ -56,6 +63,8 @@ def train(config: ConfigArgument = None, preset: PresetOption = None, *, sets: S
         loaded.config.batch.resolve(settings.nproc)
         command = worker_command("pretrain.cli.main", *sys.argv[1:])
         raise typer.Exit(launch(command, settings.nproc, port=settings.port, threads=settings.threads))
+    if no_launcher and settings.threads:
+        os.environ["OMP_NUM_THREADS"] = str(settings.threads)
     if log_level is not LogLevel.DEBUG:  # read when torch is imported: where a rank dies, the others print C++ frames
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from pretrain.engine.claim import BranchRequest

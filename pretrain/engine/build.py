@@ -194,7 +194,8 @@ def check_groups(model: PreTrainedModel, groups: list[ParamGroup]) -> None:
 
 def _optimizer(config: RunConfig, groups: list[ParamGroup], world: World) -> torch.optim.Optimizer:
     optim = config.optim
-    dicts = [{"params": g.params, "weight_decay": g.weight_decay, "lr": optim.lr * g.lr_scale} for g in groups]
+    dicts = [{"params": g.params, "weight_decay": g.weight_decay, "lr": optim.lr * g.lr_scale,
+              "betas": g.betas or optim.betas} for g in groups]
     if config.engine.offload.optimizer == "cpu":
         from deepspeed.ops.adam import DeepSpeedCPUAdam
         return DeepSpeedCPUAdam(dicts, lr=optim.lr, betas=optim.betas, eps=optim.eps, adamw_mode=True)

@@ -112,10 +112,13 @@ def begin(engine: Engine, folder: RunFolder, lease: Lease | None, snapshot: Snap
     """Take the state as it is now and begin to write it. Collective.
 
     With `to_host` training may go on at once: the state is copied to host memory first. Without, nothing may change it
-    before the checkpoint is published. Raises UserError before anything is written where the disk is too full.
+    before the checkpoint is published. Before anything is written it raises UserError where the disk is too full, and
+    Divergence where the weights are not finite.
     """
     world = engine.world
     step = int(snapshot.state["step"])
+    figures = probe.measure(engine, snapshot.probe_inputs, snapshot.controls)
+    probe.require_finite(engine, figures, step)
     temporary = world.on_main(lambda: folder.tmp_checkpoint(step, _held(lease).fence))
 
     def prepare() -> None:
@@ -129,7 +132,6 @@ def begin(engine: Engine, folder: RunFolder, lease: Lease | None, snapshot: Snap
     world.on_main(prepare)
     files: list[PartFile] = list(world.all_or_none(lambda: captured(engine, temporary, to_host=to_host)))
     files.append(TensorFile(f"rng-{world.rank}.safetensors", rng.capture()))
-    figures = probe.measure(engine, snapshot.probe_inputs, snapshot.controls)
     extra = _collect_extra(engine, snapshot.hooks)
     if world.is_main:
         files += _shared_files(engine, snapshot, figures, extra)

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -64,40 +64,42 @@ class Claim:
         return self.resume is not None and self.lineage is not None and self.lineage.is_at(self.resume)
 
 
-def claim_run(loaded: LoadedConfig, world: World, branch: BranchRequest | None = None) -> Claim:
+def claim_run(loaded: LoadedConfig, world: World, branch: BranchRequest | None = None, *,
+              taken: Callable[[Claim], None] = lambda _claim: None) -> Claim:
     """Take the lease and choose the checkpoint to go on from; a branch that is not there yet is made. Collective.
 
     What an earlier start left stays as it is until `take_over`. The checkpoint is the newest whose files are what its
-    manifest says. Raises UserError where another process holds the run or the folder cannot be written to,
-    DataCorruption where there are checkpoints and none is whole.
+    manifest says. `taken` gets rank 0's claim as soon as there is a lease to give back: choosing takes minutes, in
+    which the process may be told to leave. Raises UserError where another process holds the run or the folder cannot
+    be written to, DataCorruption where there are checkpoints and none is whole.
     """
     root = Path(loaded.config.runs_dir) / loaded.config.name
-    lease: Lease | None = None
-    status: Status | None = None
+    claim = Claim(RunFolder(root), None, None, [], None)
 
-    def claim() -> tuple[CheckpointRef | None, list[Change], Lineage | None]:
-        nonlocal lease, status
+    def choose() -> tuple[CheckpointRef | None, list[Change], Lineage | None]:
         if branch is not None:
             branch_off(root.with_name(branch.parent), root, branch.at)
         folder = RunFolder.create(root)
         lineage = Lineage.read(folder)
         before = Status.read(folder)
-        lease = Lease.acquire(folder, slurm=SlurmJob.from_environment(os.environ))
+        lease = claim.lease = Lease.acquire(folder, slurm=SlurmJob.from_environment(os.environ))
+        claim.status = Status(fence=lease.fence, started=time.time(), restarts=lease.fence - 1)
+        taken(claim)
         folder.clean_temporaries(lease.fence)
         remove_dead_pins(folder)
-        status = Status(fence=lease.fence, started=time.time(), restarts=lease.fence - 1)
         try:
             with lease.beating():  # hashing a large checkpoint takes minutes
                 resume = newest_whole(folder) if loaded.config.train.resume == "auto" else None
         except DataCorruption as error:
-            status.ended(error.code, "no whole checkpoint", str(error)).write(folder)
+            claim.lease = None
+            claim.status.ended(error.code, "no whole checkpoint", str(error)).write(folder)
             lease.release()
             raise
         if not folder.checkpoints():
             _describe(folder, loaded)
         if resume is not None:
-            status = replace(status, step=resume.step, k=before.k if before else 0)
-        status = status.write(folder)
+            claim.status = replace(claim.status, step=resume.step, k=before.k if before else 0)
+        claim.status = claim.status.write(folder)
         if resume is None:
             return None, [], lineage
         begins = lineage is not None and lineage.is_at(resume)
@@ -105,10 +107,10 @@ def claim_run(loaded: LoadedConfig, world: World, branch: BranchRequest | None =
 
     def guarded() -> tuple[CheckpointRef | None, list[Change], Lineage | None]:
         with _usable(root):
-            return claim()
+            return choose()
 
-    resume, changes, lineage = world.on_main(guarded)
-    return Claim(RunFolder(root), lease, resume, changes, status, lineage)
+    claim.resume, claim.changes, claim.lineage = world.on_main(guarded)
+    return claim
 
 
 def take_over(loaded: LoadedConfig, claim: Claim, engine: Engine, total_steps: int) -> None:

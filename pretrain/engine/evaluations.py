@@ -88,13 +88,18 @@ class Evaluations:
         train = self.config.train
         after = train.patience_after
         counts = after is None or progress.in_unit(after.unit) >= after.amount
+        waited = state.evaluations_without_improvement
         improved = state.observe(chosen.value, higher_is_better=chosen.higher_is_better,
                                  least_gain=train.patience_delta, counts=counts)
         if self.lr.observe(-chosen.value if chosen.higher_is_better else chosen.value):
             _log.info("plateau: learning-rate factor cut to %g", self.lr.plateau.factor)
-        perplexity = results.get("val/perplexity")
+        perplexity, told = results.get("val/perplexity"), self.engine.world.is_main
+        if train.patience and told and state.evaluations_without_improvement > waited:
+            _log.info("[MONITOR] No improvement (%d/%d)", state.evaluations_without_improvement, train.patience)
         if train.patience and state.evaluations_without_improvement >= train.patience:
             state.stopped_early = f"no improvement of {self.config.eval.metric} in {train.patience} evaluations"
+            if told:
+                _log.info("[MONITOR] EARLY STOPPING TRIGGERED")
         if train.target_perplexity and perplexity and perplexity.value <= train.target_perplexity:
             reached = f"{perplexity.value:.4g} reached {train.target_perplexity:g}"
             state.stopped_early = f"validation perplexity {reached}"

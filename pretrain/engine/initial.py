@@ -6,14 +6,12 @@ import logging
 from pathlib import Path
 
 from data_prep.manifest import TOKENIZER, Manifest
-from pretrain.config.inherit import told_of_model
+from pretrain.config.inherit import config_of_weights, told_of_model
 from pretrain.config.load import LoadedConfig, load_run_config
 from pretrain.config.source import PairsConfig, ShardsConfig
 from pretrain.data.batch import SampleSource
 from pretrain.data.open import parts_of
-from pretrain.engine.consolidate import find_checkpoint
 from pretrain.errors import PretrainError, UserError
-from pretrain.runfolder.layout import RunFolder
 from pretrain.runfolder.publish import hash_file
 
 _log = logging.getLogger("pretrain")
@@ -39,11 +37,11 @@ def trained_tokenizer(weights: Path) -> str | None:
     """SHA-256 of the tokenizer with which the weights of an export, a checkpoint or a run were trained, where known."""
     if (weights / TOKENIZER).is_file():
         return hash_file(weights / TOKENIZER)
-    checkpoint = find_checkpoint(weights)
-    if checkpoint is None:
+    config_file = config_of_weights(weights)
+    if config_file is None:
         return None
     try:
-        source = load_run_config(RunFolder(checkpoint.parent.parent).config_file).config.data.source
+        source = load_run_config(config_file).config.data.source
         if not isinstance(source, ShardsConfig | PairsConfig):
             return None
         return Manifest.read(Path(source.path)).tokenizer_sha256

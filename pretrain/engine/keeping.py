@@ -27,7 +27,8 @@ class _Pending:
     """A checkpoint that is being written, and what follows once it is there."""
 
     saving: checkpoint.Saving
-    number: int
+    number: int | None
+    """Among the saves that are counted for the mirror; None where it is not."""
     best_metric: str | None
     best_steps: list[int]
 
@@ -71,16 +72,17 @@ class Keeper:
                     self.folder.write_pointer(f"best-{best_metric}", best)
             except OSError as error:
                 _log.warning("%s: not written (%s)", pointer, error.strerror)
-        if self._mirror is not None:
+        if self._mirror is not None and state.counted:
             self._mirror.catch_up(ref, state.saves)
         self._forget(state.best_steps, ref)
 
-    def begin(self, engine: Engine, snapshot: checkpoint.Snapshot, *, best_metric: str | None, to_host: bool) -> None:
+    def begin(self, engine: Engine, snapshot: checkpoint.Snapshot, *, best_metric: str | None, to_host: bool,
+              scheduled: bool) -> None:
         """Begin to write a checkpoint, which `publish` ends; before that there is none of it. Collective.
 
         `best_metric`: it is the best by this one, and will be pointed at. With `to_host` training may go on meanwhile,
-        with a copy of the state being written. Where a new one is written, the count of saves in the snapshot's state
-        rises by one.
+        with a copy of the state being written. Where a new one is written that is `scheduled`, or every save is copied
+        anyway, the count of saves in the snapshot's state rises by one.
         """
         assert self._pending is None
         best_steps = list(snapshot.state["best_steps"])
@@ -88,9 +90,12 @@ class Keeper:
         if ref is not None:
             self._keep(engine.world, ref, best_metric, best_steps)
             return
-        snapshot.state["saves"] += 1
+        mirror = self._config.mirror
+        counted = scheduled or (mirror is not None and mirror.every == 1)
+        snapshot.state["counted"] = counted
+        snapshot.state["saves"] += counted
         saving = checkpoint.begin(engine, self.folder, self._lease, snapshot, to_host=to_host)
-        self._pending = _Pending(saving, snapshot.state["saves"], best_metric, best_steps)
+        self._pending = _Pending(saving, snapshot.state["saves"] if counted else None, best_metric, best_steps)
 
     @property
     def pending(self) -> bool:
@@ -123,7 +128,7 @@ class Keeper:
             self._pending = None
         if engine.world.is_main:
             _log.info("[CHECKPOINT] Saved -> %s", ref.path)
-        if self._mirror is not None:
+        if self._mirror is not None and pending.number is not None:
             self._mirror.offer(ref, pending.number)
         self._keep(engine.world, ref, pending.best_metric, pending.best_steps)
 

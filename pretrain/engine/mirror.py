@@ -7,7 +7,6 @@ import logging
 import threading
 from pathlib import Path
 
-from pretrain.config.run import MirrorConfig
 from pretrain.errors import PretrainError
 from pretrain.runfolder.backup import Abandoned, back_up
 from pretrain.runfolder.layout import CheckpointRef, RunFolder
@@ -21,15 +20,16 @@ _log = logging.getLogger("pretrain")
 
 
 class Mirror:
-    """Copies every k-th save to `PATH/NAME`. Rank 0's.
+    """Copies every k-th of the saves that are offered to `PATH/NAME`. Rank 0's.
 
     One copy runs at a time and one may wait; where the disk is too slow for that, the newer checkpoint takes the place
     of the one that waits. A source is pinned from the moment it is offered, so that retention leaves it alone.
     """
 
-    def __init__(self, folder: RunFolder, config: MirrorConfig) -> None:
+    def __init__(self, folder: RunFolder, path: Path, every: int) -> None:
         self._folder = folder
-        self._config = config
+        self._path = path
+        self._every = every
         self._waiting: tuple[CheckpointRef | None, int, contextlib.ExitStack] | None = None
         self._changed = threading.Condition()
         self._closing = False
@@ -48,7 +48,7 @@ class Mirror:
 
     def offer(self, ref: CheckpointRef, number: int) -> None:
         """Copy the checkpoint of save `number` (from 1) in the background, if it is its turn."""
-        if number % self._config.every:
+        if number % self._every:
             return
         pin = contextlib.ExitStack()
         try:
@@ -65,7 +65,7 @@ class Mirror:
                 _, passed, old = self._waiting
                 old.close()
                 _log.warning("[DRIVE BACKUP] checkpoint #%d is passed over: %s is too slow for checkpoint.mirror.every",
-                             passed, self._config.path)
+                             passed, self._path)
             self._waiting = (ref, number, pin)
             self._changed.notify()
 
@@ -75,10 +75,10 @@ class Mirror:
         One that is there was proven when it was made: then only the small files are copied, and what a kill left of
         them is removed.
         """
-        copy = RunFolder(Path(self._config.path) / self._folder.root.resolve().name)
+        copy = RunFolder(self._path / self._folder.root.resolve().name)
         if not copy.final_checkpoint(ref.step, ref.fence).path.exists():
             self.offer(ref, number)
-        elif number % self._config.every == 0:
+        elif number % self._every == 0:
             self._wait_for(None, number, contextlib.ExitStack())
 
     def close(self, wait_s: float) -> None:
@@ -105,7 +105,7 @@ class Mirror:
     def _copy(self, ref: CheckpointRef | None, number: int) -> None:
         for attempt in range(1, _TRIES + 1):
             try:
-                target = back_up(self._folder, ref, Path(self._config.path), self._abandon.is_set)
+                target = back_up(self._folder, ref, self._path, self._abandon.is_set)
                 if ref is not None:
                     _log.info("[DRIVE BACKUP] Checkpoint #%d -> %s", number,
                               target.final_checkpoint(ref.step, ref.fence).path)
@@ -113,7 +113,7 @@ class Mirror:
                 return
             except Abandoned:
                 _log.warning("[DRIVE BACKUP] checkpoint #%d is abandoned: the run ends and %s is too slow", number,
-                             self._config.path)
+                             self._path)
                 return
             except (PretrainError, OSError) as error:
                 self._error = str(error)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 
 from pretrain.engine import rng
 from pretrain.engine.build import Engine
-from pretrain.errors import DataCorruption
+from pretrain.errors import DataCorruption, Divergence
 from pretrain.models.base import EncoderOutput, LMOutput
 
 RTOL_OTHER_WORLD = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 2e-3}
@@ -29,6 +30,37 @@ def measure(engine: Engine, inputs: Mapping[str, torch.Tensor], controls: Mappin
         finally:
             engine.ds.train(was_training)
     return figures(output)
+
+
+def require_finite(engine: Engine, measured: Mapping[str, float], step: int) -> None:
+    """Raise Divergence, alike on every rank, where the weights or the figures of the model are not finite. Collective.
+
+    Every rank looks at its part of the weights once, without a copy.
+    """
+    odd = [f"{name} = {value}" for name, value in measured.items() if not math.isfinite(value)]
+    limits = [torch.stack(torch.aminmax(part)).float() for _, part in own_parts(engine) if part.numel()]
+    if not odd and limits and not bool(torch.isfinite(torch.cat(limits)).all()):
+        odd = [f"weights of rank {engine.world.rank}"]
+    if engine.world.agree(not odd):
+        return
+    told = [what for rank in engine.world.gather_objects(odd) for what in rank]
+    error = Divergence(f"step {step}: not finite: {', '.join(dict.fromkeys(told))}; no checkpoint is written of this, "
+                       "those before stand; go on from there with a lower optim.lr, or train.on_spike rewind")
+    error.agreed = True
+    raise error
+
+
+def own_parts(engine: Engine) -> Iterator[tuple[str, torch.Tensor]]:
+    """This rank's share of all weights by name, as they lie: its partitions, or of whole weights every W-th."""
+    world = engine.world
+    for number, (name, parameter) in enumerate(engine.model.named_parameters()):
+        if not parameter.is_floating_point():
+            continue
+        if engine.stage == 3:
+            held = parameter.ds_tensor.detach().flatten()  # type: ignore[attr-defined]
+            yield name, held[:max(0, int(parameter.ds_numel) - world.rank * held.numel())]  # type: ignore[attr-defined]
+        elif number % world.size == world.rank:
+            yield name, parameter.detach()
 
 
 def hardware(engine: Engine) -> list[str]:

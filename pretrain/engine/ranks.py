@@ -21,6 +21,9 @@ from pretrain.runfolder.publish import write_text_atomic
 
 LISTEN_FD = "PRETRAIN_LISTEN_FD"
 """Environment variable: number of the inherited socket on which rank 0 opens the rendezvous."""
+ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
+         "MASTER_PORT": "0"}
+"""Environment of the only rank of a run, which meets nobody."""
 _LAUNCHED = {"rank": "RANK", "local_rank": "LOCAL_RANK", "world_size": "WORLD_SIZE", "master_port": "MASTER_PORT"}
 _STEP = {"rank": "SLURM_PROCID", "local_rank": "SLURM_LOCALID", "world_size": "SLURM_NTASKS"}
 _PART = re.compile(r"([^\[\],]*)(?:\[([^\]]*)\])?")

@@ -89,6 +89,11 @@ class Reporter:
         self.diagnose({k: v for k, v in row.items() if isinstance(v, (int, float))})
         self.write_status(state, notice)
 
+    def start(self, figures: Mapping[str, float]) -> None:
+        """Write the row of what was found before the first update, where there is something."""
+        if self.writer is not None and figures:
+            self.writer.write({"step": 0, "k": 0, "tokens": 0, **figures})
+
     def evaluation(self, state: RunState, progress: Progress, results: Mapping[str, Metric]) -> None:
         """Write a row of an evaluation."""
         if self.writer is None or not results:

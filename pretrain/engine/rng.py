@@ -17,7 +17,7 @@ def capture() -> dict[str, torch.Tensor]:
     kind, keys, position, has_gauss, cached = np.random.get_state()
     assert version == 3 and kind == "MT19937"
     state = {
-        "python": torch.tensor(words, dtype=torch.int64),
+        "python": torch.from_numpy(np.array(words, dtype=np.int64)),
         "python_gauss": torch.tensor([float("nan") if gauss is None else gauss], dtype=torch.float64),
         "numpy_keys": torch.from_numpy(np.asarray(keys, dtype=np.int64)),
         "numpy_position": torch.tensor([position, has_gauss], dtype=torch.int64),

@@ -50,6 +50,10 @@ def run_rank(loaded: LoadedConfig, own: RankEnvironment, signals: StopSignals, m
     failure: Failure | None = None
     code = ExitCode.INTERNAL
 
+    def taken(now: Claim) -> None:
+        nonlocal claim
+        claim = now
+
     def leave_early() -> None:
         told = world.known_failure() if world is not None else None
         if told is not None:  # torchrun and srun end the others with a signal once one rank has failed
@@ -70,7 +74,7 @@ def run_rank(loaded: LoadedConfig, own: RankEnvironment, signals: StopSignals, m
             settings.timeout, settings.hang_timeout + _AFTER_HANG_S) if settings.hang_timeout else None)
         if world.is_main:
             forget_meeting(meeting)
-        claim = claim_run(loaded, world, branch)
+        claim = claim_run(loaded, world, branch, taken=taken)
         console = setup_logging(log_level, claim.folder.log_file, world.rank)
         if world.is_main:
             _log.info("command: pretrain %s", shlex.join(sys.argv[1:]))

@@ -18,6 +18,7 @@ from pretrain.config.changes import JUDGED, REOPENS, rule_of
 from pretrain.config.interval import Interval
 from pretrain.config.load import LoadedConfig
 from pretrain.config.machine import device_facts
+from pretrain.config.plan import never_counts
 from pretrain.config.precision import DeviceFacts, advise_precision
 from pretrain.config.registry import FAMILIES, OBJECTIVES, resolve
 from pretrain.config.run import Precision, ResolvedBatch, RunConfig
@@ -131,8 +132,8 @@ def prepare(loaded: LoadedConfig, world: World, claim: Claim, evaluators: Sequen
                   batch.gradient_accumulation_steps, batch.data_parallel_size, lengths.total,
                   f"{lengths.total * batch.global_batch_size * config.data.tokens_per_sample:,}")
         warning = config.model.summary().get("warning")
-        if warning:
-            _log.warning("%s", warning)
+        for line in [*([warning] if warning else []), *never_counts(config, batch, lengths.total)]:
+            _log.warning("%s", line)
     if snapshot is not None:
         _resume(trainer, snapshot, claim, start_k or 0)
     return trainer
@@ -234,13 +235,15 @@ def _assemble(config: RunConfig, batch: ResolvedBatch, world: World, claim: Clai
         lr=lr, state=RunState(), total_steps=steps, epoch_samples=data.epoch_samples, data_fingerprint=data.fingerprint,
         stop=stop, reporter=reporter,
         keeper=Keeper(claim.folder, claim.lease, config.checkpoint, lengths.keep_every, _mirror(config, claim, world)),
-        health=Health(config.train.max_bad_steps, config.train.max_bad_per_1000),
+        health=Health(config.train.max_bad_steps, config.train.max_bad_per_1000, family.grad_warn),
         profiler=StepProfiler(claim.folder.profile_dir, *profile, world.rank) if profile else None)
 
 
 def _mirror(config: RunConfig, claim: Claim, world: World) -> Mirror | None:
     wanted = config.checkpoint.mirror
-    return Mirror(claim.folder, wanted) if wanted is not None and world.is_main else None
+    if wanted is None or wanted.path is None or not world.is_main:
+        return None
+    return Mirror(claim.folder, Path(wanted.path), wanted.every)
 
 
 def _resume(trainer: Trainer, snapshot: Snapshot, claim: Claim, start_k: int) -> None:

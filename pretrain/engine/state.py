@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypedDict
 
 from pretrain.config.interval import Progress
@@ -32,7 +32,11 @@ class RunState:
     k: int = 0
     step: int = 0
     saves: int = 0
-    """Checkpoints written so far."""
+    """Checkpoints written so far that count for `checkpoint.mirror.every`: those that were due, not those for being
+    best, asked for or the last; all of them where every one is copied.
+    """
+    counted: bool = True
+    """Whether the newest checkpoint is one of them."""
     best: float | None = None
     best_steps: list[int] = field(default_factory=list)
     """Steps at which the selecting metric improved, in order: the last ones are the best."""
@@ -47,9 +51,7 @@ class RunState:
 
     def progress(self, batch: ResolvedBatch, seq_len: int, epoch_samples: int | None) -> Progress:
         """Progress for intervals. Micro-steps, samples and tokens count what was consumed."""
-        samples = self.k * batch.global_batch_size
-        return Progress(steps=self.step, micro_steps=self.k * batch.gradient_accumulation_steps, samples=samples,
-                        tokens=samples * seq_len, epoch_samples=epoch_samples)
+        return replace(batch.progress(self.k, seq_len, epoch_samples), steps=self.step)
 
     def observe(self, value: float, *, higher_is_better: bool, least_gain: float = 0.0, counts: bool = True) -> bool:
         """Tell the state the figure that selects the best model. True where it is a new best.

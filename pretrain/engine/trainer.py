@@ -23,11 +23,12 @@ from pretrain.config.run import ResolvedBatch, RunConfig
 from pretrain.data.batch import Batch
 from pretrain.data.loader import Update as LoadedUpdate
 from pretrain.data.loader import UpdateLoader
-from pretrain.engine import checkpoint
+from pretrain.engine import checkpoint, rng
 from pretrain.engine.build import Engine
 from pretrain.engine.evaluations import Evaluations
 from pretrain.engine.evaluator import Evaluator
 from pretrain.engine.keeping import Keeper
+from pretrain.engine.nonfinite import Examiner
 from pretrain.engine.reporting import Reporter
 from pretrain.engine.rewind import rewind
 from pretrain.engine.schedule import LearningRate
@@ -77,8 +78,11 @@ class Trainer:
     """The stored micro-batch of checkpoints; taken from the first update of a fresh run."""
     _share: tuple[int, float] | None = None
     """(step, this rank's share of the loss) of an update whose whole loss is not known yet."""
+    _due_at_end: bool = False
+    """Whether the last save is one that `checkpoint.every` asks for as well."""
 
     def __post_init__(self) -> None:
+        self._examiner = Examiner(self.keeper.folder.nonfinite_dir)
         self.evaluations = Evaluations(self.config, self.engine, self.hooks, self.lr, self.reporter, self.stop)
 
     @property
@@ -112,6 +116,8 @@ class Trainer:
             return ExitCode.DONE
         if owed and self.state.step < self.total_steps and self._evaluate(owed) and self.config.checkpoint.keep_best:
             self._save(best=True)
+        if self.state.k == 0:
+            self.reporter.start(self.hooks.measured())
         if self.config.eval.at_start and self.state.k == 0 and self.evaluators:
             # No checkpoint could hold these weights yet, so they are not compared with later ones.
             self.evaluations.run(self.evaluators, self.state, self.progress, whole=True, select=False)
@@ -225,12 +231,16 @@ class Trainer:
         clock, policy = self.reporter.clock, self.config.train.on_spike
         self.engine.watch_gradients = self._looked_at(before)
         judge = partial(self.health.spike, self.state.step) if policy != "warn" else None
+        drawn = rng.capture()
         if self._sums:
             update = run_sum_update(self.engine, self.objective, loaded.micro_batches, totals, controls,
                                     step=self.state.step, lr=rate, clock=clock, judge=judge)
         else:
             update = run_full_update(self.engine, self.objective, loaded.micro_batches, controls, step=self.state.step,
                                      total_steps=self.total_steps, lr=rate, clock=clock, judge=judge)
+        if not update.outcome.applied and update.spike is None:
+            self._examiner.examine(self.engine, self.objective, loaded, update, step=self.state.step, before=drawn,
+                                   total_steps=self.total_steps, lr=rate, controls=controls)
         if self._accept(loaded, update):
             self.reporter.add(update, rate, self.state.step, self._tokens_per_step)
             self._due(before, self.progress)
@@ -308,13 +318,14 @@ class Trainer:
             # Before the checkpoint: a kill after it would leave no row of this step, which nobody goes through again.
             self.reporter.log(self.state, after, len(self.health.bad_steps.skipped), self.keeper.notice)
         if (scheduled or (improved and self.config.checkpoint.keep_best)) and not last:
-            self._save(best=improved)
+            self._save(best=improved, scheduled=scheduled)
+        self._due_at_end = scheduled and last
 
     def _evaluate(self, evaluators: Sequence[Evaluator]) -> bool:
         whole = len(evaluators) == len(self.evaluators)
         return self.evaluations.run(evaluators, self.state, self.progress, whole=whole)
 
-    def _save(self, *, best: bool = False, wait: bool = False) -> bool:
+    def _save(self, *, best: bool = False, wait: bool = False, scheduled: bool = False) -> bool:
         """Write a checkpoint, in the background where that is configured and not to be waited for. Collective.
 
         Where one is still being written, that one is published first. False where there is nothing new to keep.
@@ -330,8 +341,8 @@ class Trainer:
             snapshot = self.snapshot()
             in_background = self.config.checkpoint.async_save and not wait
             self.keeper.begin(self.engine, snapshot, best_metric=self.config.eval.metric if best else None,
-                              to_host=in_background)
-            self.state.saves = snapshot.state["saves"]
+                              to_host=in_background, scheduled=scheduled)
+            self.state.saves, self.state.counted = snapshot.state["saves"], snapshot.state["counted"]
         if not in_background:
             self._settle()
         self.saved = copy.deepcopy(self.state)
@@ -357,7 +368,7 @@ class Trainer:
             self.profiler.close()
         due = [e for e in self.evaluators if self.evaluations.done.get(e.name) != self.state.step]
         best = self._evaluate(due) if due else False
-        self._save(best=best and bool(self.config.checkpoint.keep_best), wait=True)
+        self._save(best=best and bool(self.config.checkpoint.keep_best), wait=True, scheduled=self._due_at_end)
         if self.state.owed:
             self._told_stop()
             return ExitCode.STOPPED

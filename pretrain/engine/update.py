@@ -192,3 +192,30 @@ def run_full_update(engine: Engine, objective: UpdateObjective, micro_batches: S
     metrics = {k: (torch.tensor(v, dtype=torch.float64, device=device), one) for k, v in figures.items()}
     spike = judge(result.loss) if judge is not None and outcome.applied else None
     return Update(outcome, metrics, result.loss, spike)
+
+
+class _Rehearsal(EngineHandle):
+    """The engine without gradients: forwards run, backwards do nothing."""
+
+    def forward(self, batch: Batch, *, grad: bool, rng: Any | None = None) -> Any:
+        """As in training, without a graph."""
+        return super().forward(batch, grad=False, rng=rng)
+
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        """Nothing."""
+
+
+def without_gradient(engine: Engine, objective: SumObjective | UpdateObjective, micro_batches: Sequence[Batch],
+                     controls: Mapping[str, float], *, step: int, total_steps: int) -> dict[str, float]:
+    """The forwards of an update once more, which leave nothing behind. Collective.
+
+    Returns the sums of each term and micro-batch of this rank (`NAME/0`, `NAME/1`, ...), or what an update objective
+    gives for its metrics.
+    """
+    if isinstance(objective, UpdateObjective):
+        handle = _Rehearsal(engine, controls, TimeShares(), step=step, total_steps=total_steps)
+        result = objective.run(handle, micro_batches, controls)
+        return {"loss": result.loss, **result.metrics}
+    with torch.no_grad():
+        return {f"{name}/{number}": float(total) for number, batch in enumerate(micro_batches)
+                for name, total in objective(engine.forward, batch, controls).sums.items()}

@@ -66,16 +66,20 @@ class BadSteps:
 class Alarm:
     """Something that a person should look at."""
 
-    kind: Literal["loss_spike", "grad_spike", "grad_zero"]
+    kind: Literal["loss_spike", "grad_spike", "grad_zero", "grad_large"]
     step: int
     value: float
     median: float
+    """The running median; of a gradient norm that is too large the limit."""
     deviations: float
     """Distance from the running median, in standard deviations estimated from the median absolute deviation."""
 
     def __str__(self) -> str:
         if self.kind == "grad_zero":
             return f"step {self.step}: the gradient norm is zero: nothing is being learned"
+        if self.kind == "grad_large":
+            return (f"step {self.step}: gradient norm {self.value:.4g} before clipping is above {self.median:g}: "
+                    "beyond warm-up, lower optim.lr or lengthen schedule.warmup")
         what = "loss" if self.kind == "loss_spike" else "gradient norm"
         return (f"step {self.step}: {what} {self.value:.4g} is {self.deviations:.1f} deviations above its running "
                 f"median {self.median:.4g}")
@@ -132,7 +136,10 @@ class SpikeDetector:
 class Health:
     """All rules of a run together."""
 
-    def __init__(self, max_bad_steps: int, max_bad_per_1000: int | None = None) -> None:
+    def __init__(self, max_bad_steps: int, max_bad_per_1000: int | None = None,
+                 grad_warn: float | None = None) -> None:
+        """`grad_warn`: gradient norm that an update is told of by itself, if the one before had less."""
+        self._grad_warn, self._above = grad_warn, False
         self.bad_steps = BadSteps(max_bad_steps, max_bad_per_1000)
         self._loss = SpikeDetector("loss_spike")
         # Gradient norms have a long tail by nature: only what is far out is worth a line.
@@ -155,6 +162,10 @@ class Health:
         alarms = [self._loss.update(step, loss) if whole else None, self._grad.update(step, grad_norm)]
         if grad_norm == 0.0:
             alarms.append(Alarm("grad_zero", step, 0.0, 0.0, 0.0))
+        above = self._grad_warn is not None and grad_norm > self._grad_warn
+        if self._grad_warn is not None and above and not self._above:
+            alarms.append(Alarm("grad_large", step, grad_norm, self._grad_warn, 0.0))
+        self._above = above
         return [alarm for alarm in alarms if alarm is not None]
 
     def late_loss(self, step: int, loss: float) -> Alarm | None:

@@ -172,6 +172,11 @@ class RunFolder:
         return self.root / "tensorboard"
 
     @property
+    def nonfinite_dir(self) -> Path:
+        """Batches of updates that were not finite, as each rank had them."""
+        return self.root / "nonfinite"
+
+    @property
     def profile_dir(self) -> Path:
         """Profiler traces."""
         return self.root / "profile"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -228,6 +229,19 @@ Keeper.begin = begun
     assert train(warm, folder, "train.length=6 steps").wait() == 0
 
 
+def test_without_the_launcher_the_process_itself_is_the_rank(warm: Warm, folder: Path) -> None:
+    words = ["train", "tiny.yaml", "--no-launcher", "--set", "launch.nproc=2", "--set", "train.length=4 steps"]
+    run = warm.start(folder, words, environment={})
+    assert run.wait() == 0, run.stderr
+    assert list(losses(folder / "runs/tiny")) == [1, 2, 3, 4]
+    holder = folder / "runs/tiny/lease/1/holder.json"
+    assert json.loads(holder.read_text())["pid"] == run.pid
+    for wrong in (["--nproc", "2"], []):  # the second one is a rank of somebody else
+        refused = warm.start(folder, [*words, *wrong], environment={} if wrong else None)
+        assert refused.wait() == 2
+        assert refused.errors[0].startswith("error: --no-launcher: trains in one process")
+
+
 def test_max_hours_stops_a_run_that_goes_on_afterwards(warm: Warm, folder: Path) -> None:
     run = train(warm, folder, "train.max_hours=1e-4", "train.length=5000 steps")
     assert run.wait() == 85, run.stderr
@@ -245,6 +259,11 @@ def test_patience_ends_a_run_that_no_longer_improves(warm: Warm, folder: Path) -
     assert (verdict.state, verdict.step) == ("done", 6)
     assert verdict.reason == "no improvement of val/loss in 2 evaluations"
     assert list(rows(folder / "runs/tiny", "val/loss")) == [2, 4, 6]
+    lines = [line.split(" pretrain: ", 1)[-1] for line in run.stderr.splitlines()]
+    assert [line for line in lines if line.startswith(("[MONITOR]", "[CHECKPOINT]"))] == [
+        "[CHECKPOINT] Saved -> runs/tiny/checkpoints/step-2.f1", "[MONITOR] No improvement (1/2)",
+        "[MONITOR] No improvement (2/2)", "[MONITOR] EARLY STOPPING TRIGGERED",
+        "[CHECKPOINT] Saved -> runs/tiny/checkpoints/step-6.f1"]
 
 
 def test_target_perplexity_ends_a_run_and_the_same_command_then_does_nothing(warm: Warm, folder: Path) -> None:

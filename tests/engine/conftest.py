@@ -1,4 +1,4 @@
-"""The launches that all engine tests share: one start of 4 ranks, one of 1, one of 2; two more in the slow suite."""
+"""The launches that all engine tests share: one start of 4 ranks, one of 1, one of 2; three more in the slow suite."""
 
 from __future__ import annotations
 
@@ -38,6 +38,18 @@ def alone(base: Path) -> dict[str, Any]:
 
 @pytest.fixture(params=[pytest.param("alone", marks=pytest.mark.slow), "two"], ids=["1 rank", "2 ranks"])
 def small(request: pytest.FixtureRequest) -> dict[str, Any]:
+    results: dict[str, Any] = request.getfixturevalue(request.param)
+    return results
+
+
+@pytest.fixture(scope="session")
+def accidents(base: Path) -> dict[str, Any]:
+    return launch_cases("tests.engine.accidents", 2, base / "accidents")
+
+
+@pytest.fixture(params=["alone", "accidents"], ids=["1 rank", "2 ranks"])
+def disturbed(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """Results of what goes wrong in a run, for tests that are slow."""
     results: dict[str, Any] = request.getfixturevalue(request.param)
     return results
 

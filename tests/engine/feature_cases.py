@@ -232,6 +232,15 @@ def mirror(world: World, folder: Path) -> dict[str, Any]:
     again = start(world, folder, "copied", runs_dir=str(folder / "disk"), **sections)
     resumed = again.state.step, again.state.saves
     finish(again)
+    cadence = start(world, folder, "cadence", **sections, checkpoint={
+        **saving, "every": "2 steps", "mirror": {"path": str(folder / "disk"), "every": 2}})
+    saves = []
+    for _ in range(5):  # beside those that are due, one after every other update that nobody asked for
+        cadence.step()
+        cadence._save()
+        saves.append((cadence.state.saves, cadence.state.counted))
+    cadence.train()
+    finish(cadence)
     (folder / "full").touch()
     wait, module._RETRY_S = module._RETRY_S, 0.0
     try:
@@ -251,7 +260,8 @@ def mirror(world: World, folder: Path) -> dict[str, Any]:
     copies = RunFolder(folder / "disk" / "copied")
     return {"lines": [line for line in lines if "BACKUP" in line], "step": trainer.state.step,
             "copies": [ref.path.name for ref in copies.checkpoints()], "root": str(copies.checkpoints_dir),
-            "resumed": resumed, "message": status.message if status else None,
+            "cadence": [ref.step for ref in RunFolder(folder / "disk" / "cadence").checkpoints()], "saves": saves,
+            "last": cadence.state.saves, "resumed": resumed, "message": status.message if status else None,
             "sources": [ref.step for ref in RunFolder(folder / "runs" / "copied").checkpoints()]}
 
 

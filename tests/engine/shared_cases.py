@@ -11,7 +11,9 @@ import torch
 from pretrain.config.interval import Interval
 from pretrain.engine.distributed import World
 from pretrain.engine.evaluator import EvalResult, Metric
+from pretrain.errors import Divergence
 from pretrain.runfolder.publish import Manifest
+from tests.engine.feature_cases import Lines
 from tests.engine.running import finish, run, start
 
 UNEVEN = {"seq_len": 16, "source": {"kind": "uneven", "samples": 512}}
@@ -68,19 +70,38 @@ def not_finite(world: World, folder: Path) -> dict[str, Any]:
     for stage in (0, 1, 2, 3):
         trainer = start(world, folder, f"stage{stage}", engine={"zero_stage": stage})
         weights: list[float] = []
-        while (k := trainer.state.k) < 8:
-            bad = k in (3, 4)
-            handle = _poison(trainer) if bad and world.rank == world.size - 1 else None
-            before = _checksum(trainer)
-            trainer.step()
-            if handle is not None:
-                handle.remove()
-            if bad:
-                weights.append(_checksum(trainer) - before)
+        with Lines() as lines:
+            while (k := trainer.state.k) < 8:
+                bad = k in (3, 4)
+                handle = _poison(trainer) if bad and world.rank == world.size - 1 else None
+                before = _checksum(trainer)
+                trainer.step()
+                if handle is not None:
+                    handle.remove()
+                if bad:
+                    weights.append(_checksum(trainer) - before)
         found[str(stage)] = {"step": trainer.state.step, "k": trainer.state.k, "moved": weights,
-                             "skipped": trainer.health.bad_steps.skipped, "finite": math.isfinite(_checksum(trainer))}
+                             "skipped": trainer.health.bad_steps.skipped, "finite": math.isfinite(_checksum(trainer)),
+                             "kept": sorted(path.name for path in trainer.keeper.folder.nonfinite_dir.iterdir()),
+                             "explained": [line for line in lines if "[NaN DEBUG]" in line and "nonfinite" not in line],
+                             "saved": _saved_with_nan(trainer)}
         finish(trainer)
     return found
+
+
+def _saved_with_nan(trainer: Any) -> dict[str, Any]:
+    """What becomes of a checkpoint of weights with one NaN, which the last rank holds."""
+    weight = trainer.engine.read("trained.weight")
+    weight[-1, -1] = float("nan")
+    trainer.engine.write("trained.weight", weight)
+    before = [ref.path.name for ref in trainer.keeper.folder.checkpoints()]
+    try:
+        trainer._save()
+    except Divergence as error:
+        return {"error": str(error), "new": [ref.path.name for ref in trainer.keeper.folder.checkpoints()
+                                             if ref.path.name not in before],
+                "left": [path.name for path in trainer.keeper.folder.checkpoints_dir.glob("*tmp*")]}
+    return {}
 
 
 def _poison(trainer: Any) -> Any:

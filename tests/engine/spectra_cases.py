@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from deepspeed.utils import safe_get_full_grad
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from pretrain.config import registry
 from pretrain.config.source import SourceConfig
@@ -15,6 +19,7 @@ from pretrain.engine.consolidate import load_weights
 from pretrain.engine.distributed import World
 from pretrain.monitor.writers import read_metrics
 from pretrain.runfolder.layout import RunFolder
+from tests.engine.feature_cases import Lines
 from tests.engine.running import finish, run, start
 from tests.engine.world import main
 
@@ -88,10 +93,21 @@ def sections(model: dict[str, Any] | None = None, objective: dict[str, Any] | No
 
 
 def figures(world: World, folder: Path, name: str, parts: dict[str, Any]) -> dict[str, Any]:
-    """Loss and gradient norm of every update, and the last row."""
-    losses = run(world, folder, name, **parts)
+    """Loss and gradient norm of every update, the last row, and the file of the first update's gradients."""
+    trainer = start(world, folder, name, **parts)
+    engine, apply, file = trainer.engine, trainer.engine.step, folder / f"{name}-gradients.safetensors"
+
+    def step(lr: float) -> Any:
+        if not trainer.state.step:
+            grads = {key: (p.grad if engine.stage == 0 else safe_get_full_grad(p)).float().cpu().contiguous().clone()
+                     for key, p in engine.model.named_parameters()}
+            world.on_main(lambda: save_file(grads, file))
+        return apply(lr)
+    engine.step = step  # type: ignore[method-assign]
+    trainer.train()
+    losses = finish(trainer)
     rows = [row for row in read_metrics(RunFolder(folder / "runs" / name)) if row.get("loss") is not None]
-    return {"losses": losses, "norms": [row["grad_norm"] for row in rows], "last": rows[-1]}
+    return {"losses": losses, "norms": [row["grad_norm"] for row in rows], "last": rows[-1], "gradients": str(file)}
 
 
 def contrastive(world: World, folder: Path) -> dict[str, Any]:
@@ -103,6 +119,9 @@ def contrastive(world: World, folder: Path) -> dict[str, Any]:
     found["recomputed, uncached"] = figures(world, folder, "uncached", uncached)
     found["uncached, stage 3"] = figures(world, folder, "uncached3",
                                          sections(objective={"grad_cache": False}, zero_stage=3))
+    for stage in (0, 2, 3):  # several contrastive batches an update, each carried backward before the next is formed
+        published = sections({"profile": "compat"}, {"profile": "compat"}, zero_stage=stage)
+        found[f"compat {stage}"] = figures(world, folder, f"compat{stage}", published)
     trainer = start(world, folder, "init", **sections(zero_stage=3, zero3_init="on", activation_checkpointing=True))
     read = trainer.engine.read
     spread = {name: read(name).std().item() for name, _ in trainer.engine.model.named_parameters() if _.ds_numel > 99}
@@ -142,19 +161,34 @@ def not_finite(world: World, folder: Path) -> dict[str, Any]:
     for stage in (2, 3):
         trainer = start(world, folder, f"stage{stage}", **sections(zero_stage=stage))
         moved, checksum = [], lambda t=trainer: t.engine.read("heads.ranking.basis").double().sum().item()
-        while (k := trainer.state.k) < 4:
-            handle = None
-            if k in (1, 2) and world.rank == world.size - 1:
-                head = trainer.engine.model.heads.retrieval
-                handle = head.register_forward_hook(lambda module, args, out: out * float("nan"))
-            before = checksum()
-            trainer.step()
-            if handle is not None:
-                handle.remove()
-            moved.append(checksum() != before)
-        found[str(stage)] = {"step": trainer.state.step, "moved": moved, "skipped": trainer.health.bad_steps.skipped}
+        with Lines() as lines:
+            while (k := trainer.state.k) < 4:
+                handle = None
+                if k in (1, 2) and world.rank == world.size - 1:
+                    head = trainer.engine.model.heads.retrieval
+                    handle = head.register_forward_hook(lambda module, args, out: out * float("nan"))
+                before = checksum()
+                trainer.step()
+                if handle is not None:
+                    handle.remove()
+                moved.append(checksum() != before)
+        kept, told = trainer.keeper.folder.nonfinite_dir, [line for line in lines if "[NaN DEBUG]" in line]
+        world.barrier()
+        found[str(stage)] = {"step": trainer.state.step, "moved": moved, "skipped": trainer.health.bad_steps.skipped,
+                             "ranks": world.size, "explained": [line for line in told if kept.name not in line],
+                             "kept": {path.name: _kept(path) for path in kept.iterdir()}}
         finish(trainer)
     return found
+
+
+def _kept(path: Path) -> dict[str, Any]:
+    """What a file of a batch that was not finite holds."""
+    with safe_open(path, "pt") as file:
+        about = json.loads(file.metadata()["about"])
+        fed = ToyPairs(64).get(file.get_tensor("micro-1/passage_ids").numpy() - 5000).tensors
+        return {"about": about, "generator": file.get_tensor("rng/torch").numel(),
+                "sample_ids": file.get_tensor("micro-1/sample_ids").tolist(),
+                "as_fed": all(torch.equal(file.get_tensor(f"micro-1/{name}"), value) for name, value in fed.items())}
 
 
 def masked_lm(world: World, folder: Path) -> dict[str, Any]:

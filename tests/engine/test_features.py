@@ -67,6 +67,13 @@ def test_every_third_save_is_copied_and_the_copy_is_a_run(one: dict[str, Any]) -
     assert found["sources"] == [6]
 
 
+def test_saves_that_are_not_due_do_not_count_for_the_mirror(one: dict[str, Any]) -> None:
+    found = case(one, "mirror")
+    assert found["saves"] == [[0, False], [1, True], [1, False], [2, True], [2, False]]
+    assert found["last"] == 3  # the last one is due as well
+    assert found["cadence"] == [4]
+
+
 def test_a_mirror_that_fails_is_in_the_status_and_stops_nothing(one: dict[str, Any]) -> None:
     found = case(one, "mirror")
     assert found["step"] == 6

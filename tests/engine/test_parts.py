@@ -7,6 +7,7 @@ import json
 import os
 import random
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,14 +21,44 @@ from pretrain.config.deepspeed import deepspeed_config
 from pretrain.config.load import load_run_config
 from pretrain.config.presets import configs_dir
 from pretrain.config.run import ScheduleConfig
+from pretrain.engine import claim as claims
 from pretrain.engine import rng
+from pretrain.engine.probe import require_finite
 from pretrain.engine.schedule import LearningRate
 from pretrain.engine.state import RunState
 from pretrain.engine.traps import remove_stale_locks
-from pretrain.errors import ConfigError
+from pretrain.errors import ConfigError, Divergence
+from pretrain.runfolder.layout import RunFolder
+from pretrain.runfolder.lease import live_holder
 
 SMALL = {"model": {"family": "baseline"}, "objective": {"name": "causal_lm"},
          "data": {"source": {"kind": "synthetic", "vocab_size": 64, "samples": 64}}}
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("planted", [float("nan"), float("inf"), -float("inf"), None])
+def test_weights_that_no_figure_shows_are_looked_at_before_a_save(stage: int, dtype: torch.dtype,
+                                                                  planted: float | None) -> None:
+    """Every weight is some rank's to look at; what fills up a partition is none."""
+    model = torch.nn.Linear(4, 3).to(dtype)
+    told = []
+    for rank in range(2):
+        world = SimpleNamespace(rank=rank, size=2, agree=bool, gather_objects=lambda found: [found])
+        for parameter in model.parameters():
+            whole = parameter.detach().clone().flatten()
+            if planted is not None and parameter.ndim == 2:
+                whole[-1] = planted
+            parts = torch.full((2 * -(-len(whole) // 2),), float("nan"), dtype=dtype)
+            parts[:len(whole)] = whole
+            parameter.ds_tensor, parameter.ds_numel = parts.chunk(2)[rank], len(whole)  # type: ignore[attr-defined]
+            if stage == 2:
+                parameter.data = whole.view_as(parameter)
+        try:
+            require_finite(SimpleNamespace(world=world, model=model, stage=stage), {"nll": 1.0}, 7)  # type: ignore[arg-type]
+        except Divergence as error:
+            told.append((str(error).split(";")[0], error.agreed))
+    assert told == ([] if planted is None else [(f"step 7: not finite: weights of rank {stage - 2}", True)])
 
 
 def schedule(name: str, *, warmup: int = 5, total: int = 100, decay: int = 10, **fields: object) -> LearningRate:
@@ -169,6 +200,23 @@ def test_deepspeed_files_say_what_they_are(name: str) -> None:
     assert zero["stage"] == int(name[4])
     assert ("offload_optimizer" in zero) == ("offload" in name)
     assert ("offload_param" in zero) == (name == "zero3-offload")
+
+
+def test_a_claim_is_known_before_its_checkpoints_are_hashed(tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    """A process that is told to leave while it hashes gives its lease back and leaves a verdict."""
+    known: list[claims.Claim] = []
+
+    def told_to_leave(_folder: RunFolder) -> None:
+        assert known and known[0].lease is not None and known[0].status is not None
+        raise SystemExit(85)
+
+    monkeypatch.setattr(claims, "newest_whole", told_to_leave)
+    world = SimpleNamespace(on_main=lambda action: action())
+    with pytest.raises(SystemExit):
+        claims.claim_run(load_run_config("demo", [f"runs_dir={tmp_path}"]), world, taken=known.append)  # type: ignore[arg-type]
+    assert live_holder(known[0].folder) is not None  # until it is given back
+    known[0].lease.release()  # type: ignore[union-attr]
+    assert live_holder(known[0].folder) is None
 
 
 def test_stale_compile_locks_are_removed_and_live_ones_stay(tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]

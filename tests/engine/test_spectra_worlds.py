@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests.engine.world import case
 
@@ -25,6 +28,34 @@ def test_losses_and_gradients_do_not_depend_on_ranks_and_stage(
     for said, results in zip(("one", "several"), families, strict=True):
         for stage in {"0", "2", "3"} & set(case(results, name)):
             agree(case(results, name)[stage], want, rel, f"{said}, stage {stage}")
+
+
+def apart(found: dict[str, Any], want: dict[str, Any]) -> float:
+    """Norm of the difference of the first update's whole gradients over the norm of the wanted one."""
+    have, wanted = (load_file(each["gradients"]) for each in (found, want))
+    assert have.keys() == wanted.keys()
+    square = sum(float((have[name].double() - wanted[name].double()).square().sum()) for name in wanted)
+    return math.sqrt(square / sum(float(grad.double().square().sum()) for grad in wanted.values()))
+
+
+def test_every_gradient_is_that_of_the_whole_batch_on_one_rank(
+        families: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    want = case(families[0], "spectra_contrastive")["0"]
+    for said, results in zip(("one", "several"), families, strict=True):
+        found = case(results, "spectra_contrastive")
+        for name in {"0", "2", "3", "recomputed, uncached", "uncached, stage 3"} & set(found):
+            assert apart(found[name], want) < 1e-5, f"{said}, {name}"
+
+
+def test_several_contrastive_batches_an_update_are_the_same_on_any_ranks_and_stage(
+        one: dict[str, Any], two: dict[str, Any]) -> None:
+    """The published system: each is carried backward by itself, so that the reduction of an update is in parts."""
+    want = case(one, "spectra_contrastive")["compat 0"]
+    for said, results in (("one", one), ("two", two)):
+        for stage in (0, 2, 3):
+            found = case(results, "spectra_contrastive")[f"compat {stage}"]
+            agree(found, want, 1e-5, f"{said}, stage {stage}")
+            assert apart(found, want) < 1e-5, f"{said}, stage {stage}"
 
 
 def test_one_pass_with_the_graphs_kept_changes_no_loss(small: dict[str, Any]) -> None:
@@ -67,8 +98,26 @@ def test_a_restart_changes_no_bit(small: dict[str, Any], key: str) -> None:
 
 @pytest.mark.parametrize("stage", ["2", "3"])
 def test_a_vector_that_is_not_finite_on_one_rank_skips_the_update_on_all(small: dict[str, Any], stage: str) -> None:
-    assert case(small, "spectra_not_finite")[stage] == {
-        "step": 2, "moved": [True, False, False, True], "skipped": [1, 2]}
+    found = case(small, "spectra_not_finite")[stage]
+    assert [found["step"], found["moved"], found["skipped"]] == [2, [True, False, False, True], [1, 2]]
+
+
+@pytest.mark.parametrize("stage", ["2", "3"])
+def test_a_vector_that_is_not_finite_is_told_of_by_its_module_and_its_batch_is_kept(small: dict[str, Any],
+                                                                                     stage: str) -> None:
+    found = case(small, "spectra_not_finite")[stage]
+    last = found["ranks"] - 1
+    assert found["explained"] == [f"[NaN DEBUG] batch {k}: rank {last}: heads.retrieval: output not finite, its inputs "
+                                  "are" for k in (1, 2)]
+    assert sorted(found["kept"]) == [f"batch-{k}-rank-{last}.safetensors" for k in (1, 2)]
+    for k in (1, 2):
+        batch = found["kept"][f"batch-{k}-rank-{last}.safetensors"]
+        about = batch["about"]
+        assert [about["k"], about["step"], about["rank"], about["module"]] == [k, 1, last, "heads.retrieval"]
+        assert about["lr"] > 0 and about["terms"]["loss"] != about["terms"]["loss"]
+        assert math.isfinite(about["terms"]["loss/semantic"])
+        assert batch["as_fed"] and all(8 * k <= sample < 8 * (k + 1) for sample in batch["sample_ids"])
+        assert batch["generator"] == torch.get_rng_state().numel()
 
 
 @pytest.mark.parametrize("stage", ["2", "3"])

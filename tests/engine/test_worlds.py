@@ -53,7 +53,15 @@ def test_two_restarts_change_no_bit(small: dict[str, Any], key: str) -> None:
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_on_all(small: dict[str, Any], stage: str) -> None:
     found = case(small, "not_finite")[stage]
+    saved = found.pop("saved")
+    kept, explained = found.pop("kept"), found.pop("explained")
     assert found == {"step": 6, "k": 8, "moved": [0.0, 0.0], "skipped": [3, 4], "finite": True}
+    ranks = [int(name.split("-")[-1].removesuffix(".safetensors")) for name in kept]
+    assert kept == sorted(f"batch-{k}-rank-{rank}.safetensors" for k in (3, 4) for rank in range(max(ranks) + 1))
+    assert explained == [f"[NaN DEBUG] batch {k}: weights and outputs of all modules are finite on every rank: the "
+                         "loss or its gradient is not" for k in (3, 4)]
+    assert saved["error"].startswith("step 6: not finite: ")
+    assert saved["new"] == saved["left"] == []
 
 
 @pytest.mark.parametrize("stage", ["2", "3"])

@@ -4,15 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.engine.distributed import World
-from tests.engine import (
-    afrb_cases,
-    background_cases,
-    elastic_cases,
-    interruption_cases,
-    rewind_cases,
-    shared_cases,
-    spectra_cases,
-)
+from tests.engine import afrb_cases, elastic_cases, shared_cases, spectra_cases
 from tests.engine.world import main
 
 
@@ -26,7 +18,6 @@ CASES = {"splits": shared_cases.splits, "contrastive": shared_cases.contrastive,
          "frozen_and_buffers": shared_cases.frozen_and_buffers, "read_write": shared_cases.read_write,
          "dead_matrices": shared_cases.dead_matrices,
          "last_link": last_link, "interrupted": elastic_cases.interrupted,
-         **rewind_cases.CASES, **interruption_cases.CASES, **background_cases.CASES,
          **afrb_cases.CASES, **spectra_cases.SMALL_CASES}
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from tests.cli.warm import Forked, Warm
 from tests.faults.inject import RANKS, REACHED, Point, Victim, statements
 from tests.faults.traces import leftovers
 
-COUNTERS = {"saves", "restarts"}
+COUNTERS = {"saves", "counted", "restarts"}
 """What a restart may change in the stored state."""
 SETTINGS: dict[str, dict[str, Any]] = {
     "model": {"dropout": 0.1},

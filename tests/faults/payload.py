@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from pretrain.config.run import MirrorConfig
 from pretrain.engine.mirror import Mirror
 from pretrain.errors import ExitCode, PretrainError, UserError
 from pretrain.monitor.writers import MetricsWriter
@@ -144,7 +143,7 @@ class _Run:
 
     def _train(self, lease: Lease) -> None:
         writer = MetricsWriter(self.folder, (), False, None, lease.fence)
-        mirror = Mirror(self.folder, MirrorConfig(path=str(self.plan.copy.parent), every=2))
+        mirror = Mirror(self.folder, self.plan.copy.parent, every=2)
         saves = self._step // self.plan.every
         if self._resumed is not None:
             mirror.catch_up(self._resumed, saves)

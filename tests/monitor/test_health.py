@@ -133,3 +133,12 @@ def test_a_spike_that_is_skipped_leaves_the_median_and_counts_towards_the_end():
     with pytest.raises(Divergence, match=r"last 3 updates were not finite or loss spikes \(batches 100 to 102"):
         again.update(100, 102, False, math.nan, math.nan)
     assert health.spike(100, math.nan) is None
+
+
+def test_a_gradient_above_a_familys_limit_is_told_of_at_its_update_and_once():
+    health, told = Health(10, grad_warn=100.0), []
+    for step, norm in enumerate([5.0, 99.0, 101.0, 250.0, 90.0, 120.0, 100.0]):
+        told += [str(alarm) for alarm in health.update(step, step, True, 1.0, norm)]
+    assert told == [f"step {step}: gradient norm {norm:g} before clipping is above 100: beyond warm-up, lower "
+                    "optim.lr or lengthen schedule.warmup" for step, norm in ((2, 101), (5, 120))]
+    assert not Health(10).update(0, 0, True, 1.0, 1e9)
