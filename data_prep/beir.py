@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from data_prep.config import TRAIN
 from data_prep.files import write_atomic
 from data_prep.manifest import TOKENIZER, Manifest
-from data_prep.pairs import TokenPair, stored_pairs
+from data_prep.pairs import TokenPair, drawn_pairs, stored_pairs
 from data_prep.python_pairs import Mined, mine, package_files
 from data_prep.source_config import PythonPairsSource
 from data_prep.tokenizer import load_tokenizer, token_bytes
@@ -104,7 +104,8 @@ def write_beir(dataset: Path, split: str, out: Path, *, pool: int | None = None)
         dataset: folder of pairs.
         split: whose queries are judged.
         out: folder to write.
-        pool: passages, filled up from split train; None: those of the split alone.
+        pool: passages, filled up with those that `pretrain eval --pool` draws from split train; None: those of the
+            split alone.
 
     Raises:
         UserError: no pairs, no such split, or texts that cannot be had.
@@ -126,7 +127,7 @@ def write_beir(dataset: Path, split: str, out: Path, *, pool: int | None = None)
             passages.setdefault(number, tokenizer.decode(tokens.tolist()))
     counts = BeirCounts(len(queries), len(passages))
     if pool is not None and split != TRAIN and TRAIN in manifest.splits:
-        for pair in stored_pairs(manifest.split(TRAIN)):
+        for pair in drawn_pairs(manifest.split(TRAIN)):
             if len(passages) >= pool:
                 break
             passages.setdefault(pair.positive_id, texts(pair)[1])

@@ -15,6 +15,7 @@ p (positives) and n (negatives of all pairs, one after the other), are
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ from data_prep.mapped import MappedShard
 from data_prep.split_writer import TARGET_SHARD_BYTES, SplitWriter
 
 SIDES = ("q", "p", "n")
+_BLOCKS_AT_HAND = 256
 Ids = npt.NDArray[Any]
 
 
@@ -180,10 +182,30 @@ def shard_pairs(split: Split, shard: int, offset: int = 0) -> Iterator[TokenPair
     for number in range(offset // split.block_pairs, reader.n_blocks):
         block, provenance = reader.block(number), reader.provenance(number)
         for i in range(max(0, offset - number * split.block_pairs), len(block.ids)):
-            first, stop = block.n_offsets[i:i + 2].tolist()
-            yield TokenPair(
-                query=block.text("q", i), positive=block.text("p", i),
-                negatives=[block.text("n", j) for j in range(first, stop)],
-                query_id=int(block.ids[i, 0]), positive_id=int(block.ids[i, 1]),
-                negative_ids=block.n_ids[first:stop].tolist(), provenance=provenance[i],
-                scores=[None if math.isnan(score) else score for score in block.scores[first:stop].tolist()])
+            yield _pair(block, provenance, i)
+
+
+def drawn_pairs(split: Split, seed: int = 0) -> Iterator[TokenPair]:
+    """All pairs of a split, each once, in an order that depends on `seed` and their number. Raises DataCorruption."""
+    firsts = split.table["first_token"].astype(np.int64)
+    readers: dict[int, PairReader] = {}
+
+    @functools.lru_cache(_BLOCKS_AT_HAND)
+    def block_of(shard: int, number: int) -> tuple[PairBlock, Sequence[Any]]:
+        reader = readers.setdefault(shard, PairReader(split.tar_path(shard)))
+        return reader.block(number), reader.provenance(number)
+
+    for pair in np.random.default_rng(seed).permutation(split.docs).tolist():
+        shard = int(np.searchsorted(firsts, pair, side="right")) - 1
+        number, i = divmod(pair - int(firsts[shard]), split.block_pairs)
+        yield _pair(*block_of(shard, number), i)
+
+
+def _pair(block: PairBlock, provenance: Sequence[Any], i: int) -> TokenPair:
+    first, stop = block.n_offsets[i:i + 2].tolist()
+    return TokenPair(
+        query=block.text("q", i), positive=block.text("p", i),
+        negatives=[block.text("n", j) for j in range(first, stop)],
+        query_id=int(block.ids[i, 0]), positive_id=int(block.ids[i, 1]),
+        negative_ids=block.n_ids[first:stop].tolist(), provenance=provenance[i],
+        scores=[None if math.isnan(score) else score for score in block.scores[first:stop].tolist()])

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
 
 import bm25s
 import numpy as np
+
+logging.getLogger("bm25s").setLevel(logging.WARNING)  # on import it sets itself to DEBUG and prints
 
 K1, B = 1.2, 0.75
 _WORD = re.compile(r"[^\W\d_]+|\d+")

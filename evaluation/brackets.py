@@ -18,7 +18,7 @@ def bracketed(target: Target, batches: Sequence[Batch], seed: int = 0) -> Iterat
     """(name, meaning, perplexity) of the untouched backbone and its like, and of the model with its memory off.
 
     All on the same batches. What the target's schema does not know, or is already, is left out; so is attention where
-    the backbone's is not at hand.
+    the backbone's is not at hand, or does not take rows of this length.
     """
     def measured(forward: Any) -> Metric:
         sums = tally(forward, batches, target.device)
@@ -27,5 +27,6 @@ def bracketed(target: Target, batches: Sequence[Batch], seed: int = 0) -> Iterat
     for name in getattr(target.model, "evaluation_controls", ()):
         if name in ("memory_zero", "readout_off"):
             yield name, SWITCHES[name][0], measured(partial(target.forward, controls={name: 1.0}))
-    for variant, other in variants(target, sweep=False):
+    longest = max(batch["input_ids"].shape[1] for batch in batches)
+    for variant, other in variants(target, longest, sweep=False):
         yield variant.name, variant.meaning, measured(other.forward)

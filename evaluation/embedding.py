@@ -18,7 +18,7 @@ from pretrain.metrics.retrieval import exact_search, ndcg, recall, reciprocal_ra
 from pretrain.metrics.sts import cosines, pearson, spearman, spearman_interval
 
 STS, RETRIEVAL, COLLAPSE = "sts", "retrieval", "collapse"
-VERSIONS = {STS: 1, RETRIEVAL: 1, COLLAPSE: 1}
+VERSIONS = {STS: 1, RETRIEVAL: 2, COLLAPSE: 1}
 RECALL_AT = (1, 5, 10, 100)
 COLLAPSE_TEXTS = 512
 
@@ -91,7 +91,7 @@ def sts(encode: Encode, tokens: Callable[[Sequence[str]], list[list[int]]], pair
     n = len(pairs.first)
     for name, vectors in cut_vectors(encode, tokens([*pairs.first, *pairs.second]), cuts).items():
         found |= sts_metrics(vectors[:n], vectors[n:], pairs.scores, f"{STS}/{name}", seed=seed)
-    return found
+    return found | retention(found, "spearman")
 
 
 def retrieval(encode: Encode, queries: Rows, passages: Rows, relevant: Sequence[Mapping[int, float]],
@@ -102,7 +102,35 @@ def retrieval(encode: Encode, queries: Rows, passages: Rows, relevant: Sequence[
     for name in asked:
         _, numbers = exact_search(asked[name], searched[name], max(RECALL_AT))
         found |= Ranking(numbers.tolist(), relevant).metrics(f"{RETRIEVAL}/{name}", seed)
-    return found
+    return found | retention(found, "recall@10")
+
+
+def retention(found: Mapping[str, Metric], figure: str) -> dict[str, Metric]:
+    """`TASK/VECTORS/retention` of every shortened vector: its `figure` over that of the longest it is a prefix of.
+
+    Prefixes are `HEAD:DIM` of HEAD, and `NAME_DIM` of the widest `NAME_...`; left out where the whole has no figure
+    above 0, or was not evaluated.
+    """
+    rows = {name.split("/")[1]: (name, metric) for name, metric in found.items() if name.endswith(f"/{figure}")}
+    widest: dict[str, tuple[int, str]] = {}
+    for vectors in rows:
+        stem, width = _stem(vectors)
+        if ":" not in vectors:
+            widest[stem] = max(widest.get(stem, (0, "")), (width, vectors))
+    kept = {}
+    for vectors, (name, metric) in rows.items():
+        whole = widest.get(_stem(vectors)[0], (0, vectors))[1]
+        base = rows[whole][1].value
+        if whole != vectors and base > 0:
+            kept[f"{name.removesuffix(figure)}retention"] = Metric(metric.value / base, metric.n, True)
+    return kept
+
+
+def _stem(vectors: str) -> tuple[str, int]:
+    """`semantic_768:100` -> ("semantic", 768); a head whose name tells no width is its own stem."""
+    head = vectors.partition(":")[0]
+    stem, _, width = head.rpartition("_")
+    return (stem, int(width)) if stem and width.isdigit() else (head, 0)
 
 
 def collapse(encode: Encode, queries: Rows, passages: Rows, cuts: Sequence[Cut] = (Cut(),)) -> dict[str, Metric]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.manifest import Manifest
-from data_prep.pairs import stored_pairs
+from data_prep.pairs import drawn_pairs, stored_pairs
 from data_prep.reading import open_text
 from pretrain.errors import UserError
 
@@ -162,8 +162,8 @@ def judgements_of_split(folder: Path, split: str, *, pool: int | None = None,
     """Each query of a split of pairs, judged over all passages of the split: positives and negatives.
 
     Queries and passages are told apart by their ids, which are equal where the texts are. Up to `pool` passages, those
-    of split `fill` are added in their stored order as distractors; None: the split's own alone. With fewer to be had
-    the pool is smaller, and its size is part of the name.
+    of split `fill` are added as distractors, drawn the same way each time; None: the split's own alone. With fewer to
+    be had the pool is smaller, and its size is part of the name.
 
     Raises UserError where there are no such pairs.
     """
@@ -179,7 +179,7 @@ def judgements_of_split(folder: Path, split: str, *, pool: int | None = None,
         for number, tokens in zip(pair.negative_ids, pair.negatives, strict=True):
             passages.setdefault(number, tokens.tolist())
     if pool is not None and fill is not None and fill in manifest.splits and fill != split:
-        for pair in stored_pairs(manifest.split(fill)):
+        for pair in drawn_pairs(manifest.split(fill)):
             if len(passages) >= pool:
                 break
             passages.setdefault(pair.positive_id, pair.positive.tolist())

@@ -159,18 +159,29 @@ def _pool(target: Target, encoder: Encoder, request: Request) -> _Pool:
                  str(folder), (texts[0], texts[1]))
 
 
+_NO_TRUNK = "scratch"
+"""Of a model that begins with the trunk of another run: the value that takes none."""
+
+
 def _cuts(encoder: Encoder, request: Request) -> Sequence[Cut]:
     return [Cut.parse(text) for text in request.heads] or encoder.cuts()
 
 
 def _references(target: Target, request: Request) -> list[tuple[str, Encoder]]:
-    """The model before training, and all-MiniLM-L6-v2 where it is installed."""
+    """The model before any training, as this run took it up where that is another, and all-MiniLM-L6-v2 where it is
+    installed.
+    """
     if not request.baselines:
         return []
     found = []
-    if target.run_folder is not None:
-        untrained = open_target(str(target.run_folder.config_file), dtype=target.dtype, device=target.device)
-        found.append(("untrained", Encoder.of(untrained, max_length=request.seq_len)))
+    if target.run_folder is not None and target.config is not None:
+        began = ["train.init_from=null"] if target.config.train.init_from else []
+        if getattr(target.config.model, "trunk_init", _NO_TRUNK) != _NO_TRUNK:
+            began.append(f"model.trunk_init={_NO_TRUNK}")
+        for name, sets in (("untrained", began), *([("before_this_run", [])] if began else [])):
+            before = open_target(str(target.run_folder.config_file), sets=sets, dtype=target.dtype,
+                                 device=target.device)
+            found.append((name, Encoder.of(before, max_length=request.seq_len)))
     folder = minilm_folder()
     if folder is not None:
         found.append(("all-MiniLM-L6-v2", Encoder.of(open_target(str(folder), device=target.device))))

@@ -19,7 +19,7 @@ from evaluation.embedding import Ranking, cut_vectors
 from evaluation.embedding_data import ScoredPairs, StoredJudgements, judgements_of_split, read_scored_pairs
 from evaluation.vectors import TextTokens, View, encode
 from pretrain.config.contrastive import ContrastiveConfig
-from pretrain.config.interval import Interval, Progress
+from pretrain.config.interval import Interval
 from pretrain.config.run import EmbeddingEvalConfig, RunConfig
 from pretrain.config.source import PairsConfig
 from pretrain.data.open import PADDING_ID, VALIDATION_SPLIT, eval_batches, open_validation, spread
@@ -139,18 +139,32 @@ class EmbeddingEvaluator:
         main = view.rank == 0
         if main:
             _log.info("[MONITOR] Running quick STS evaluation at step %s...", place)
+        head = untrained_semantics(view.config)
+        if main and head is not None:
+            _log.warning("[MONITOR] STS is that of %s: objective.enable_semantic_nce is false, so that no loss of its "
+                         "own trains the semantic head", head)
         n = len(pairs.first)
         rows = tokens([*pairs.first, *pairs.second])
-        vectors = next(iter(encode(view, rows, pad_id=tokens.pad_id).values())).cpu().numpy()
+        heads = None if head is None else [head]
+        vectors = next(iter(encode(view, rows, pad_id=tokens.pad_id, heads=heads).values())).cpu().numpy()
         alike, gold = cosines(vectors[:n], vectors[n:]), np.asarray(pairs.scores)
         subset = np.random.default_rng(0).permutation(n)[:self._config.quick_pairs]
         value, quick = spearman(alike, gold), spearman(alike[subset], gold[subset])
         if main:
             target = self._config.target_sts
-            beside = "" if target is None else f" | Target: {target:.4f} | Progress: {100 * value / target:.1f}%"
-            _log.info("[MONITOR] STS-B: %.4f%s", value, beside)
+            beside = "" if target is None else f" | Target: {target:.4f} | Progress: {100 * quick / target:.1f}%"
+            _log.info("[MONITOR] STS-B: %.4f%s", quick, beside)
+            _log.info("[MONITOR] STS-B of all %d pairs: %.4f (above: %d of them)", n, value, len(subset))
         return {"val/sts_spearman": Metric(value, n, True, spearman_interval(alike, gold, resamples=200)),
                 "val/sts_quick": Metric(quick, len(subset), True)}
+
+
+def untrained_semantics(config: RunConfig) -> str | None:
+    """The head that STS is measured on where Spectra trains without the loss of the semantic one; else None."""
+    objective, width = config.objective, getattr(config.model, "ranking_dim", None)
+    if width is None or not isinstance(objective, ContrastiveConfig) or objective.trains_semantic:
+        return None
+    return f"ranking_{width}"
 
 
 def spectra_figures(output: EncoderOutput) -> dict[str, torch.Tensor]:
@@ -165,10 +179,7 @@ def spectra_figures(output: EncoderOutput) -> dict[str, torch.Tensor]:
 
 def health_warnings(found: Mapping[str, Metric], view: RunView, config: EmbeddingEvalConfig) -> list[str]:
     """What an evaluation says of a model that has collapsed; nothing before `health_after` (section 10)."""
-    batch = view.config.batch.resolve(view.world)
-    samples = view.step * batch.global_batch_size
-    done = Progress(steps=view.step, micro_steps=view.step * batch.gradient_accumulation_steps, samples=samples,
-                    tokens=samples * view.config.data.seq_len)
+    done = view.config.batch.resolve(view.world).progress(view.step, view.config.data.tokens_per_sample)
     if done.in_unit(config.health_after.unit) < config.health_after.amount:
         return []
     rules = (("val/mean_cosine", ">", config.collapse_warn, "the vectors of different texts have come to look alike"),

@@ -42,14 +42,14 @@ def summary(folder: RunFolder) -> dict[str, Any]:
     results = {task: _newest(data.results, task) for task in (TASK, "perplexity")}
     count = config.model.parameter_count()
     found: dict[str, Any] = {
-        "task": TASK if isinstance(config.data.source, NeedleConfig) else "language", "preset": config.name,
-        "seed": config.seed, "steps": last.get("step"), "world_size": _world(folder), "model": config.model.family,
+        "task": TASK if isinstance(config.data.source, NeedleConfig) else "language", "preset": _preset(data, config),
+        "seed": config.seed, "steps": last.get("step"), "world_size": _world(folder), "model": _model(config),
         "params_total": count.total, "params_trainable": count.trainable, "train_loss": last.get("loss"),
         "val_loss": last.get("val/loss"), "test_ppl": _value(results["perplexity"], "test/perplexity"),
         **_needle(config, results[TASK], last),
         **{name: last.get(f"val/{name}", last.get(name)) for name in PHASE},
         "ridge": {key.removeprefix("ridge/"): value for key, value in last.items() if key.startswith("ridge/")},
-        "infonce": _infonce(config, last), "block_profile": _blocks(config), **_reach(config),
+        "infonce": _infonce(config, last), "block_profile": _blocks(config, last), **_reach(config),
         "diagnostics": _findings(folder, results[TASK]), "command": data.environment.get("command"),
         "args": data.config, "timing": _timing(data), "source": data.environment.get("source")}
     return _finite(found)
@@ -84,10 +84,27 @@ def _infonce(config: RunConfig, last: Mapping[str, float]) -> dict[str, Any] | N
     return {"loss": last.get("infonce_loss"), "acc": last.get("infonce_acc"), "chance": math.log(1 + negatives)}
 
 
-def _blocks(config: RunConfig) -> list[dict[str, float]]:
-    """Alpha, gamma, omega and phi of each block, where the family has blocks."""
+def _preset(data: ReportData, config: RunConfig) -> str:
+    """What was trained: the preset or file of the command, whatever the run is called."""
+    command = data.environment.get("command") or []
+    after = command.index("train") + 1 if "train" in command else len(command)
+    return Path(command[after]).stem if after < len(command) else config.name
+
+
+def _model(config: RunConfig) -> str:
+    """The family, and the backbone that it stands on."""
+    backbone = getattr(config.model, "backbone", None)
+    if backbone is None:
+        return config.model.family
+    return f"{config.model.family} on {backbone.weights or backbone.architecture}"
+
+
+def _blocks(config: RunConfig, last: Mapping[str, float]) -> list[dict[str, float]]:
+    """Alpha, gamma, omega and phi of each block, where the family has blocks: as last measured, else as it began."""
     profile = getattr(config.model, "block_profile", None)
-    return profile() if profile is not None else []
+    blocks: list[dict[str, float]] = profile() if profile is not None else []
+    return [{key: last.get(f"val/block_{number}/{key}", value) for key, value in block.items()}
+            for number, block in enumerate(blocks, 1)]
 
 
 def _reach(config: RunConfig) -> dict[str, float | None]:

@@ -34,7 +34,9 @@ def vectors_table(results: Results) -> Table:
         _, vectors, figure = name.split("/", 2)
         rows.setdefault(vectors, {})[figure] = metric
     figures = list(dict.fromkeys(figure for row in rows.values() for figure in row))
-    table = Table(title=f"{results.task} of {results.target} on {results.dataset['path']}, {results.dtype}",
+    sizes = "".join(f", {results.dataset[what]:,} {what}" for what in ("pairs", "queries", "passages")
+                    if what in results.dataset)
+    table = Table(title=f"{results.task} of {results.target} on {results.dataset['path']}{sizes}, {results.dtype}",
                   title_justify="left")
     for name in ("vectors", *figures):
         table.add_column(name, justify="right" if name in figures else "left")

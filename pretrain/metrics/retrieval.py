@@ -47,11 +47,25 @@ def _search(queries: torch.Tensor, corpus: torch.Tensor, k: int, block: int) -> 
     for start in range(0, len(corpus), block):
         scores = (queries @ corpus[start:start + block].T).float()
         found = torch.arange(start, start + scores.shape[1], device=queries.device).expand(len(queries), -1)
-        # What was found before stands first and has smaller numbers: a stable sort keeps it first among equals.
+        # What was found before stands first and has smaller numbers: among equals the first place wins.
         scores, found = torch.cat([best, scores], 1), torch.cat([numbers, found], 1)
-        order = scores.sort(dim=1, descending=True, stable=True).indices[:, :k]
+        order = _first_among_equals(scores, min(k, scores.shape[1]))
         best, numbers = scores.gather(1, order), found.gather(1, order)
     return best, numbers
+
+
+def _first_among_equals(scores: torch.Tensor, k: int) -> torch.Tensor:
+    """Places [q, k] of the k largest of each row [q, n], in order; of equal ones the first.
+
+    Equal to `scores.sort(descending=True, stable=True).indices[:, :k]`, which sorts whole rows.
+    """
+    top = scores.topk(k, dim=1)
+    places = top.indices.sort(dim=1).values
+    places = places.gather(1, scores.gather(1, places).sort(dim=1, descending=True, stable=True).indices)
+    cut = (scores >= top.values[:, -1:]).sum(1) > k  # some that equal the last one were left out, perhaps the first
+    if bool(cut.any()):
+        places[cut] = scores[cut].sort(dim=1, descending=True, stable=True).indices[:, :k]
+    return places
 
 
 def ndcg(ranked: Sequence[Sequence[int]], judged: Sequence[Judged], k: int) -> NDArray[np.float64]:

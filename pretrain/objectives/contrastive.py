@@ -84,11 +84,12 @@ class Contrastive:
                 self._backward(handle, passes.pop(), last=number == len(groups) - 1)
         metrics = _reduced(handle, losses)
         loss, finite = metrics.pop("loss"), metrics.pop("finite")
+        metrics["temperature"] = at
         if at_once and not (finite == 1 and all(math.isfinite(value) for value in (loss, *metrics.values()))):
-            return UpdateResult(loss, {}, finite=False)
+            return UpdateResult(loss, metrics, finite=False)
         for number, current in enumerate(passes):
             self._backward(handle, current, last=number == len(passes) - 1)
-        return UpdateResult(loss, {**metrics, "temperature": at}, finite=True)
+        return UpdateResult(loss, metrics, finite=True)
 
     def _forward(self, handle: UpdateHandle, texts: Texts, size: int) -> _Pass:
         """The vectors of all texts, in chunks: without gradient, or with the graphs kept."""

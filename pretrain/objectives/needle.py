@@ -12,10 +12,9 @@ from pretrain.config.objective import NeedleObjectiveConfig
 from pretrain.data.batch import Batch
 from pretrain.data.bijection import as_keys, derive, stream_key
 from pretrain.objectives.base import Schedule, SumResult
+from pretrain.objectives.causal_lm import TEMPERATURE
 
 MODEL_INPUTS = ("input_ids", "labels", "readout_positions")
-TEMPERATURE = "infonce_tau"
-"""Control by which the model is told the temperature."""
 
 
 class Needle:

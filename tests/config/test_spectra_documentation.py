@@ -1,16 +1,19 @@
 """docs/spectra.md maps every option of the original to ours: the table is complete, and every key in it exists."""
 
+import functools
+import json
 import re
 from pathlib import Path
 
 import pytest
 
-from pretrain.config.load import load_run_config
+from data_prep.config import PrepConfig
+from pretrain.config.load import load_run_config, load_yaml_model
 from pretrain.config.presets import list_presets
-from pretrain.config.run import RunConfig
-from pretrain.config.sections import child_annotation, fields_of, section_class
+from tests.config import pages
+from tests.config.pages import DOCS
 
-PAGE = (Path(__file__).parents[2] / "docs" / "spectra.md").read_text()
+PAGE = (DOCS / "spectra.md").read_text()
 OPTIONS = """\
 profile size vocab_file max_positions hidden_size num_layers num_heads ffn_inner spectral_dim max_length dropout
 norm_position pooling trunk_init spectral_norm spectral_entropy_gate learnable_spectral_fusion fusion_init fusion_max
@@ -30,22 +33,14 @@ TAGS = {"model": {"family": "spectra"}, "data": {"source": {"kind": "pairs"}}, "
         "checkpoint": {"mirror": {"path": "there"}}}
 
 
-def rows(section: str) -> list[list[str]]:
-    """Cells of the first table of a section."""
-    text = PAGE.split(f"\n## {section}\n")[1].split("\n## ")[0]
-    lines = [line for line in text.splitlines() if line.startswith("|")]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
-
-
-def exists(key: str) -> bool:
-    """Whether a run config of Spectra on pairs has this key."""
-    annotation, value = RunConfig, TAGS
-    for part in key.split("."):
-        section = section_class(annotation, value)
-        if section is None or part not in fields_of(section):
-            return False
-        annotation, value = child_annotation(annotation, value, part), value.get(part, {}) if value else {}
-    return True
+rows = functools.partial(pages.rows, PAGE)
+exists = functools.partial(pages.exists, tags=TAGS)
+FLAGS = """\
+--mode --size --epochs --seed --resume --reschedule --checkpoint --gradient-checkpointing --no-spectral --no-anchor
+--no-anchor64 --no-bridge --no-matryoshka --no-matry --no-angular --texts --texts-file --head --dim --output --quick
+--test --backup-dir --save-dir --profile --config --set --use_wandb"""
+COMMANDS = [(cells[0], command) for cells in rows("From the original's commands")
+            for command in re.findall(r"`(pretrain [^`]+)`", cells[1])]
 
 
 def test_a_key_is_told_from_none():
@@ -68,14 +63,69 @@ def test_its_key_exists_or_a_note_says_what_stands_for_it(cells):
 
 
 def test_sizes_on_the_page_are_those_of_the_presets():
-    for preset, _, count, _ in rows("Sizes"):
+    for preset, _, count, _, target in rows("Sizes"):
         config = load_run_config(preset.strip("`")).config
         assert config.model.parameter_count().total == int(count.replace(",", ""))
+        assert config.eval.embedding.target_sts == float(target)
 
 
 def test_every_preset_and_file_that_the_page_names_exists():
     presets = set(list_presets())
-    for name in re.findall(r"\b(spectra-[a-z0-9-]+)", PAGE):
+    for name in re.findall(r"(?<!sweeps/)\b(spectra-[a-z0-9-]+)", PAGE):
         assert name in presets, name
     for path in re.findall(r"configs/[a-z/-]+\.yaml", PAGE):
         assert (Path(__file__).parents[2] / path).is_file(), path
+
+
+def test_every_flag_and_mode_of_the_original_is_on_the_page():
+    originals = " ".join(cells[0] for cells in rows("From the original's commands"))
+    assert set(re.findall(r"--[a-z0-9_-]+", originals)) == set(FLAGS.split())
+    assert set(re.findall(r"--mode ([a-z_]+)", originals)) == {"train", "eval", "extract", "param_estimate"}
+    for cells in rows("From the original's commands"):
+        assert "`pretrain " in cells[1] or (cells[1] == "-" and cells[2]), cells
+
+
+@pytest.mark.parametrize(("original", "command"), COMMANDS, ids=lambda text: text[:40])
+def test_a_command_of_the_table_is_one_of_ours(original: str, command: str):
+    name, words = pages.parsed(command)
+    if name == "train" and words[0] != "FILE":
+        assert pages.settings_take_effect(words[0], words).model.family == "spectra"
+    if name == "embed" and "--head" in words:
+        model = load_run_config("spectra-m456").config.model
+        heads = [f"semantic_{d}" for d in model.sem_dims] + [f"ranking_{model.ranking_dim}"]
+        assert words[words.index("--head") + 1] in heads
+
+
+def test_every_command_on_the_page_is_one_that_the_command_line_takes():
+    found = [command.replace("PRESET", "spectra-m456") for command in pages.commands(PAGE)]
+    assert len(found) > 30
+    for command in found:
+        name, words = pages.parsed(command)
+        if name in ("train", "estimate") and words[0].startswith("spectra"):
+            assert words[0] in list_presets()
+            pages.settings_take_effect(words[0], words)
+        if name == "prep" and words[0].startswith("configs/"):
+            assert load_yaml_model(PrepConfig, Path(__file__).parents[2] / words[0])[0]
+
+
+def test_a_command_with_a_flag_that_is_none_of_ours_is_told_from_one_of_ours():
+    with pytest.raises(ValueError, match="No such option"):
+        pages.parsed("pretrain train spectra-tiny --no-matryoshkas")
+    with pytest.raises(ValueError, match="No such option"):
+        pages.parsed("pretrain train spectra-tiny --no-launch")  # no abbreviations
+
+
+def test_figures_of_the_machinery_are_those_of_the_benchmarks():
+    root = Path(__file__).parents[2] / "benchmarks" / "results"
+    step, scale = (json.loads((root / f"{name}.json").read_text())["results"]
+                   for name in ("contrastive", "spectra_scale"))
+    peaks = [peak / 2**20 for peak in step["peak bytes of a cached step by batch"].values()]
+    losses = ", ".join(f"{loss:.2f}" for loss in scale["train spectra-m456"]["losses"])
+    peer = [step[f"step over sentence-transformers, {texts}"]["seconds"]["ratio"]["median"]
+            for texts in ("ragged", "one length")]
+    wanted = [f"{peer[0]:.2f} (texts of many lengths), {peer[1]:.2f} (of one length)",
+              f"{step['cached step over uncached']['ratio']['median']:.2f}",
+              f"{peaks[0]:.0f}, {peaks[1]:.0f} (1,024), {peaks[2]:.0f} MiB above a step of one chunk",
+              f"{scale['build spectra-m1b']['peak over share']:.2f}",
+              f"3 updates, loss {losses}; estimate over peak {scale['train spectra-m456']['ratio']:.2f}"]
+    assert [cells[1] for cells in rows("What was measured")][:5] == wanted

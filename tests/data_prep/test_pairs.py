@@ -17,7 +17,7 @@ from data_prep.beir import write_beir
 from data_prep.clean_config import TokenizerConfig
 from data_prep.config import PrepConfig
 from data_prep.manifest import Manifest, PairsRecord, write_manifest
-from data_prep.pairs import PairReader, PairWriter, TokenPair, stored_pairs
+from data_prep.pairs import PairReader, PairWriter, TokenPair, drawn_pairs, stored_pairs
 from data_prep.pipeline import prepare
 from data_prep.python_pairs import Mined, mine
 from data_prep.source_config import PythonPairsSource
@@ -65,6 +65,9 @@ def test_what_is_written_is_read(tmp_path_factory, pairs, block_pairs, blocks_pe
     assert len(sizes) == split.n_blocks
     assert all(size == block_pairs for size in sizes[:-1])
     assert not verify_dataset(folder).faults
+    drawn = [pair.provenance["i"] for pair in drawn_pairs(split)]
+    assert [plain(pair) for pair in drawn_pairs(split)] == [pairs[i] for i in drawn]
+    assert drawn == np.random.default_rng(0).permutation(len(pairs)).tolist()
 
 
 EXAMPLES = [([i, i + 1], [i] * (1 + i % 4), [([7 + j], j, 0.5) for j in range(i % 3)], i) for i in range(11)]

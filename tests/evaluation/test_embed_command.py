@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,11 +18,14 @@ from tokenizers.processors import TemplateProcessing
 from transformers import BertConfig, BertModel
 from typer.testing import CliRunner
 
+from evaluation import embedding_eval
 from evaluation.embed import read_texts
 from evaluation.embedding_eval import Encoder, evaluate_retrieval, evaluate_sts
 from evaluation.offline import Request
+from evaluation.tables import vectors_table
 from evaluation.target import open_target
 from pretrain.cli.main import app
+from pretrain.config.load import load_run_config
 from pretrain.errors import UserError
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{i}" for i in range(60))]
@@ -115,7 +119,27 @@ def test_retrieval_in_a_beir_folder_stands_beside_bm25(bert: Path, tmp_path: Pat
     results = evaluate_retrieval(open_target(str(bert)), Request(data=tmp_path, baselines=True), ["x"])
     assert results.metrics["retrieval/mean/recall@1"].value == 1.0  # the very same text
     assert results.metrics["retrieval/BM25/ndcg@10"].value == 1.0
+    counted = f", {results.dataset['queries']} queries, {results.dataset['passages']} passages, fp32"
+    assert str(vectors_table(results).title).endswith(counted)
     assert (results.dataset["queries"], results.dataset["passages"]) == (10, 40)
+
+
+@pytest.mark.parametrize(("init_from", "trunk", "rows"), [
+    (None, "scratch", {"untrained": []}),
+    ("runs/first", "scratch", {"untrained": ["train.init_from=null"], "before_this_run": []}),
+    ("runs/first", "runs/trunk", {"untrained": ["train.init_from=null", "model.trunk_init=scratch"],
+                                  "before_this_run": []})])
+def test_a_run_that_began_with_weights_stands_beside_a_model_without_any(
+        init_from: str | None, trunk: str, rows: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedding_eval, "open_target", lambda text, **given: (text, given["sets"]))
+    monkeypatch.setattr(embedding_eval.Encoder, "of", lambda target, **_: target)
+    monkeypatch.setattr(embedding_eval, "minilm_folder", lambda: None)
+    config = SimpleNamespace(train=SimpleNamespace(init_from=init_from), model=SimpleNamespace(trunk_init=trunk))
+    run = SimpleNamespace(config=config, run_folder=SimpleNamespace(config_file="file"), dtype="fp32", device=None)
+    found = embedding_eval._references(run, Request(baselines=True))  # type: ignore[arg-type]
+    assert found == [(name, ("file", sets)) for name, sets in rows.items()]
+    without = load_run_config("spectra-tiny", rows["untrained"]).config
+    assert without.train.init_from is None and without.model.trunk_init == "scratch"  # type: ignore[union-attr]
 
 
 def test_a_language_model_gives_no_vectors(tmp_path: Path) -> None:

@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from evaluation.bm25 import bm25_search, words
-from evaluation.embedding import Cut, collapse, retrieval, sts
+from evaluation.embedding import Cut, collapse, retention, retrieval, sts
 from evaluation.embedding_data import ScoredPairs, read_beir, read_scored_pairs
 from evaluation.vectors import Alone, Rows, encode, pad, shorten
+from pretrain.engine.evaluator import Metric
 from pretrain.errors import UserError
 from pretrain.models.base import EncoderOutput
 
@@ -137,6 +138,21 @@ def test_retrieval_finds_what_was_planted_and_only_that() -> None:
     assert shared["retrieval/bag/recall@1"].value < 0.1
     wrong = retrieval(one_hot, passages, passages, [{(i + 20) % 40: 1.0} for i in range(40)])
     assert wrong["retrieval/bag/recall@1"].value == 0.0
+
+
+def test_a_prefix_is_told_with_the_share_that_it_keeps() -> None:
+    values = {"semantic_768": 0.8, "semantic_512": 0.6, "semantic_768:100": 0.4, "anchor_64": 0.5, "bag": 0.5,
+              "bag:9": 0.25, "entity_384:9": 0.1, "flat": 0.0, "flat:2": 0.0}
+    found = {f"sts/{name}/{figure}": Metric(value, 7, True) for name, value in values.items()
+             for figure in ("spearman", "pearson")}
+    kept = retention(found, "spearman")
+    assert {name: pytest.approx(metric.value) for name, metric in kept.items()} == {
+        "sts/semantic_512/retention": 0.75, "sts/semantic_768:100/retention": 0.5, "sts/bag:9/retention": 0.5}
+    passages = [[i, i + 1, i + 2] for i in range(40)]
+    shown = retrieval(one_hot, passages, passages, [{i: 1.0} for i in range(40)], (Cut("bag"), Cut("bag", 20)))
+    whole, part = (shown[f"retrieval/{name}/recall@10"].value for name in ("bag", "bag:20"))
+    assert shown["retrieval/bag:20/retention"].value == pytest.approx(part / whole)
+    assert "retrieval/bag/retention" not in shown
 
 
 def test_collapse_tells_a_constant_encoder() -> None:

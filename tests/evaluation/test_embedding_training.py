@@ -6,14 +6,26 @@ import csv
 import logging
 import threading
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from data_prep.beir import write_beir
 from data_prep.config import PrepConfig
 from data_prep.pipeline import prepare
-from evaluation.embedding_training import EmbeddingEvaluator, health_warnings, progress_name, spectra_figures
+from evaluation.embedding_data import ScoredPairs, judgements_of_split, read_beir
+from evaluation.embedding_training import (
+    EmbeddingEvaluator,
+    health_warnings,
+    progress_name,
+    spectra_figures,
+    untrained_semantics,
+)
+from evaluation.vectors import TextTokens
+from pretrain.config.interval import Interval
+from pretrain.config.load import load_run_config
 from pretrain.config.run import RunConfig
 from pretrain.engine.evaluator import EvalResult, Metric
 from pretrain.models.base import BuildContext, EncoderOutput
@@ -34,6 +46,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
         "sources": [{"kind": "pair_table", "name": "rows", "path": str(folder / "rows.csv")}],
         "tokenizer": {"vocab_size": 300}, "workers": 1}))
     (folder / "sts.csv").write_text("".join(f"thing {i},thing {i + i % 5},{5 - i % 5}\n" for i in range(60)))
+    target = load_run_config("spectra-m456", ["eval.embedding.sts=sts.csv"]).config.eval.embedding.target_sts
     return RunConfig.model_validate({
         "model": {"family": "baseline", "body": "bert", "vocab_size": 300, "hidden_size": 32, "num_layers": 1,
                   "num_heads": 2, "max_position_embeddings": 64},
@@ -42,7 +55,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
         "objective": {"name": "contrastive"},
         "batch": {"micro_batch_size": 1, "gradient_accumulation_steps": 4},
         "eval": {"every": "500 micro_steps", "embedding": {
-            "sts": str(folder / "sts.csv"), "target_sts": 0.8, "quick_pairs": 20, "queries": 40, "pool": 100}}})
+            "sts": str(folder / "sts.csv"), "target_sts": target, "quick_pairs": 20, "queries": 40, "pool": 100}}})
 
 
 class View:
@@ -68,10 +81,11 @@ class View:
         return tensor
 
 
-def evaluate(config: RunConfig, world: int) -> tuple[list[EvalResult], set[int]]:
+def evaluate(config: RunConfig, world: int, model: torch.nn.Module | None = None) -> tuple[list[EvalResult], set[int]]:
     """Results of all ranks, and how many forwards each ran."""
-    assert isinstance(config.model, BaselineConfig)
-    model = build(config.model, BuildContext(seed=0)).eval()
+    if model is None:
+        assert isinstance(config.model, BaselineConfig)
+        model = build(config.model, BuildContext(seed=0)).eval()
     parts: dict[int, torch.Tensor] = {}
     barrier = threading.Barrier(world, timeout=60)
     views = [View(config, model, rank, world, parts, barrier) for rank in range(world)]
@@ -110,10 +124,30 @@ def test_an_untrained_encoder_is_near_chance_and_the_loss_near_the_log_of_the_ba
 def test_the_monitor_tells_the_multiple_that_was_due(config: RunConfig, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "pretrain"):
         found = evaluate(config, 1)[0][0].metrics
-    value = found["val/sts_spearman"].value
-    assert "[MONITOR] Running quick STS evaluation at step 500..." in caplog.messages
-    assert f"[MONITOR] STS-B: {value:.4f} | Target: 0.8000 | Progress: {100 * value / 0.8:.1f}%" in caplog.messages
+    quick, whole = found["val/sts_quick"].value, found["val/sts_spearman"].value
+    assert [line for line in caplog.messages if "[MONITOR]" in line] == [
+        "[MONITOR] Running quick STS evaluation at step 500...",
+        f"[MONITOR] STS-B: {quick:.4f} | Target: 0.8250 | Progress: {100 * quick / 0.825:.1f}%",
+        f"[MONITOR] STS-B of all 60 pairs: {whole:.4f} (above: 20 of them)"]
     assert found["val/sts_quick"].n == 20
+
+
+def test_distractors_are_drawn_from_all_of_train_and_are_those_of_the_beir_folder(config: RunConfig,
+                                                                                 tmp_path: Path) -> None:
+    folder = Path(config.data.source.path)  # type: ignore[attr-defined]
+    own = judgements_of_split(folder, "val")
+    wide = judgements_of_split(folder, "val", pool=len(own.passages) + 20)
+    assert wide.passages[:len(own.passages)] == own.passages
+    added, stored = wide.passages[len(own.passages):], judgements_of_split(folder, "train").passages
+    places = [stored.index(passage) for passage in added]
+    assert len(set(places)) == 20
+    assert max(places) > len(stored) / 2 > min(places)
+    assert places != sorted(places)
+    assert wide == judgements_of_split(folder, "val", pool=len(own.passages) + 20)
+    tokens = TextTokens.of_dataset(folder, None)
+    write_beir(folder, "val", tmp_path, pool=len(wide.passages))
+    assert [tokens.tokenizer.encode(text, add_special_tokens=False).ids for text in read_beir(
+        tmp_path, "val").passages] == wide.passages
 
 
 @pytest.mark.parametrize(("step", "every", "told"), [(0, "500 micro_steps", "0"), (126, "500 micro_steps", "500"),
@@ -141,6 +175,65 @@ def test_a_collapsed_model_is_told_and_a_healthy_one_is_not(config: RunConfig) -
     assert told({"val/mean_cosine": 0.81})[0].startswith("step 1250: val/mean_cosine 0.81 is above 0.8:")
     view.step = 1249
     assert told(sick) == []
+
+
+@pytest.mark.parametrize("sets", [("model.enable_semantic=false",), (
+    "model.profile=compat", "objective.profile=compat")])
+def test_sts_is_that_of_the_ranking_head_where_nothing_trains_the_semantic_one(
+        config: RunConfig, caplog: pytest.LogCaptureFixture, sets: tuple[str, ...]) -> None:
+    """Also where the head is still there: in compat the bridge pulls at it."""
+    spectra = load_run_config("spectra-m456", ["objective.enable_semantic_nce=false", *sets]).config
+    assert untrained_semantics(spectra) == "ranking_1536"
+    for other in (load_run_config("spectra-m456").config, config):
+        assert untrained_semantics(other) is None
+
+    class Heads(Drawn):
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> EncoderOutput:
+            output = super().forward(input_ids, attention_mask)
+            assert output.heads is not None
+            return EncoderOutput({"own": output.heads["own"].roll(1, 0), "ranking_1536": output.heads["own"]}, "own")
+
+    view = View(config.model_copy(update={"model": spectra.model, "objective": spectra.objective}),
+                Heads(collapsed=False), 0, 1, {}, threading.Barrier(1))
+    pairs = ScoredPairs(["thing 1", "thing 2", "thing 3"], ["thing 1", "thing 2", "thing 4"], [5.0, 5.0, 0.0], "three")
+    tokens = TextTokens.of_dataset(Path(config.data.source.path), 64)  # type: ignore[attr-defined]
+    with caplog.at_level(logging.INFO, "pretrain"):
+        found = EmbeddingEvaluator(None, config.eval.embedding)._sts(view, tokens, pairs)
+    assert any("[MONITOR] STS is that of ranking_1536: objective.enable_semantic_nce is false" in line
+               for line in caplog.messages)
+    assert found["val/sts_spearman"].value > 0.8  # of the rolled vectors no pair is alike
+
+
+class Drawn(torch.nn.Module):
+    """Every text has a vector of its own, drawn by its ids; or all have nearly the same."""
+
+    def __init__(self, *, collapsed: bool) -> None:
+        super().__init__()
+        self.collapsed = collapsed
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> EncoderOutput:
+        texts = [hash(tuple(ids[mask.bool()].tolist())) for ids, mask in zip(input_ids, attention_mask, strict=True)]
+        own = torch.stack([torch.randn(256 + 1 + 64, generator=torch.Generator().manual_seed(key)) for key in texts])
+        if self.collapsed:
+            own = own * torch.cat([torch.full((5,), 0.02), torch.zeros(251), torch.full((65,), 1e-3)])
+            own = own + torch.cat([torch.ones(256), torch.zeros(1), 50 * torch.eye(64)[0]])
+        return EncoderOutput(heads={"own": torch.nn.functional.normalize(own[:, :256], dim=1)}, default="own",
+                             aux={"anomaly_score": 0.5 * own[:, 256].sigmoid(), "spectral": own[:, 257:]})
+
+
+def test_a_collapsed_toy_model_is_told_by_the_evaluator_and_a_healthy_one_is_not(
+        config: RunConfig, caplog: pytest.LogCaptureFixture) -> None:
+    """Acceptance test 8, from vectors to lines of the log."""
+    embedding = config.eval.embedding.model_copy(update={"health_after": Interval(1, "steps"), "sts": None})
+    config = config.model_copy(update={"eval": config.eval.model_copy(update={"embedding": embedding})})
+    told = {}
+    for collapsed in (False, True):
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "pretrain"):
+            evaluate(config, 2, Drawn(collapsed=collapsed))
+        told[collapsed] = [line.split()[3] for line in caplog.messages if line.startswith("[HEALTH]")]
+    assert told[False] == []
+    assert told[True] == ["val/mean_cosine", "val/effective_rank", "val/anomaly_std", "val/spectral_entropy"]
 
 
 def test_equal_vectors_are_a_collapse_and_spectra_tells_of_its_branches() -> None:

@@ -10,6 +10,7 @@ from pretrain.config.plan import make_plan
 from pretrain.config.presets import list_presets
 from pretrain.engine.schedule import LearningRate
 from pretrain.engine.setup import Lengths
+from pretrain.errors import PretrainError
 from pretrain.models.spectra.sizes import SIZES
 from pretrain.objectives.embedding_terms import temperature
 
@@ -61,6 +62,19 @@ def test_cadences_are_micro_steps_and_fire_at_the_update_at_or_after_each_multip
     assert config.monitor.log_every == Interval(100, "micro_steps")
 
 
+def test_what_counts_from_micro_step_5000_and_every_sixth_backup_are_set_for_every_number_of_ranks():
+    config = load_run_config("spectra-m456", ["checkpoint.mirror.path=there"]).config
+    assert config.train.patience_after == config.eval.embedding.health_after == Interval(5000 * 8, "samples")
+    assert config.checkpoint.mirror.every == 6
+    assert load_run_config("spectra-m456").config.checkpoint.mirror.path is None
+
+
+@pytest.mark.parametrize("name", ["spectra-m456", "spectra-m456-compat", "spectra-m456-trunk", "spectra-tiny"])
+def test_fp16_is_not_offered(name):
+    with pytest.raises(PretrainError, match=r"engine\.precision: fp16 is not for model\.family spectra: .*; use bf16"):
+        load_run_config(name, ["engine.precision=fp16"])
+
+
 def test_tokens_of_a_triplet_are_those_of_its_three_texts():
     config = load_run_config("spectra-m456", ["train.length=480000 tokens", "schedule.warmup=1 steps"]).config
     assert config.data.tokens_per_sample == 3 * 160
@@ -78,6 +92,6 @@ def test_the_others():
     assert trunk.trunk_parameters() == tiny.trunk_parameters() < tiny.parameter_count().total < 10_000_000
     large, whole = (load_run_config(f"spectra-{name}").config.model for name in ("m456-trunk", "m456"))
     assert large.trunk_parameters() == whole.trunk_parameters()
-    small = {"spectra-tiny", "spectra-tiny-code", "spectra-tiny-trunk"}
-    assert {*NAMED, *small, "spectra-m456-trunk", "spectra-m456-compat"} == {
+    code = {f"spectra-tiny-code{part}" for part in ("", "-short", "-long")}
+    assert {*NAMED, *code, "spectra-tiny", "spectra-tiny-trunk", "spectra-m456-trunk", "spectra-m456-compat"} == {
         name for name in list_presets() if name.startswith("spectra")}

@@ -92,7 +92,8 @@ def saved_bytes(cfg, dtype, checkpointing, rows=6, length=40):
 
 @pytest.mark.parametrize("changes", [{}, {"use_spectral": False}, {"fractal_depth": 0}, {"attention_impl": "explicit"},
                                      {"fractal_depth": 2}, {"spectral_norm": "sum"}, {"task": "masked_lm"}])
-@pytest.mark.parametrize(("dtype", "element_bytes"), [(torch.float32, 4), (torch.bfloat16, 2)])
+@pytest.mark.parametrize(("dtype", "element_bytes"), [
+    pytest.param(torch.float32, 4, marks=pytest.mark.slow), (torch.bfloat16, 2)])
 def test_activation_bytes_are_those_that_autograd_keeps(changes, dtype, element_bytes):
     def config(layers):
         return SpectraConfig.model_validate({
@@ -137,6 +138,7 @@ def test_sizes_and_profiles_set_defaults_that_may_be_overridden():
     ({"profile": "compat", "attention_impl": "fused"}, "model.attention_impl", "use explicit"),
     ({"fusion_init": 0.0}, "model.fusion_init", "between 0 and model.fusion_max"),
     ({"fusion_init": 0.6, "profile": "compat"}, "model.fusion_init", "above model.fusion_max"),
+    ({"use_spectral": False, "spectral_entropy_gate": True}, "model.spectral_entropy_gate", "leave the branch in"),
 ])
 def test_impossible_values_name_a_cure(values, key, cure):
     with pytest.raises((ConfigError, ValidationError)) as caught:

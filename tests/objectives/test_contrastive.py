@@ -322,6 +322,29 @@ def test_it_is_an_update_objective_and_other_sources_are_refused():
         objective.probe_inputs(windows)
 
 
+@pytest.mark.parametrize(("model", "objective"), [
+    ({}, {}), ({"use_spectral": False}, {}), ({"enable_anchor64": False}, {}), ({}, {"enable_bridge": False}),
+    ({"enable_entity": False}, {"enable_bridge": False, "ent_nce_weight": 0.0}), ({}, {"enable_matry_angular": False}),
+    ({"use_spectral": False, "enable_anchor64": False}, {"enable_bridge": False, "enable_matry_angular": False}),
+    ({"enable_semantic": False}, {"enable_semantic_nce": False}), ({"fractal_depth": 0}, {}),
+    ({}, {"nested_ranking": True, "nested_dims": (8, 32), "nested_weights": (0.4, 0.6)}), ({}, {"grad_cache": False}),
+    ({"profile": "compat"}, {"profile": "compat"})])
+def test_every_parameter_that_a_toggle_leaves_gets_a_gradient(model, objective):
+    """Acceptance test 12, under the objective itself."""
+    cfg = SpectraConfig.model_validate({
+        "size": None, "vocab_size": V, "hidden_size": 64, "num_layers": 2, "num_heads": 2, "ffn_inner": 96,
+        "spectral_dim": 16, "max_length": 24, "max_positions": 24, "sem_dims": (48, 32, 24), "ent_dims": (32, 24),
+        "anchor_dim": 16, "retrieval_dim": 32, "ranking_dim": 64, "dropout": 0.0, **model})
+    terms_of = ContrastiveConfig.model_validate(objective)
+    assert not list(cfg.objective_problems(terms_of))
+    built = FAMILY.build(cfg, BuildContext(seed=1)).train()
+    handle = Handle(built)
+    Contrastive(terms_of).run(handle, [pairs(V, seed=seed) for seed in range(2)], {})
+    without = [name for name, p in built.named_parameters()
+               if (p.grad is None or not p.grad.any()) and not name.endswith("key.bias")]  # softmax does not see those
+    assert without == []
+
+
 def test_a_tiny_model_learns_64_triplets_by_heart():
     """Acceptance test 13: in-batch accuracy of 0.95 within 200 updates, dropout on; half of the candidates are hard."""
     cfg = SpectraConfig.model_validate({

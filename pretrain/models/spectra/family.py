@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from pretrain.config.run import OptimConfig, RunConfig
 from pretrain.errors import UserError
-from pretrain.models.base import BuildContext, Diagnosis, EngineStartContext, Family, Hooks, ParamGroup
+from pretrain.models.base import BuildContext, EngineStartContext, Family, Hooks, ParamGroup
 from pretrain.models.build import build_seeded
 from pretrain.models.spectra.hf_config import hf_config
 from pretrain.models.spectra.model import SpectraForMaskedLM, SpectraModel
@@ -77,16 +77,6 @@ def hooks(config: RunConfig) -> Hooks:
     return SpectraHooks(config.model.trunk_init)
 
 
-def diagnostics(model: PreTrainedModel, metrics: Mapping[str, float]) -> list[Diagnosis]:
-    """Section 10 of the specification: a gradient that explodes is told from the first update on. What tells of
-    collapse is judged where it is measured, at evaluations."""
-    norm = metrics.get("grad_norm")
-    if norm is not None and norm > GRAD_WARN:
-        return [Diagnosis("E1", f"gradient norm {norm:.3g} before clipping is above {GRAD_WARN:g}",
-                          "a lower optim.lr, a longer schedule.warmup, model.norm_position: pre")]
-    return []
-
-
 FAMILY = Family(
     name="spectra",
     schema=SpectraConfig,
@@ -94,5 +84,5 @@ FAMILY = Family(
     parameter_groups=parameter_groups,
     objectives=frozenset({"contrastive", "masked_lm"}),
     hooks=hooks,
-    diagnostics=diagnostics,
+    grad_warn=GRAD_WARN,
 )

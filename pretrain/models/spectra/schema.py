@@ -29,6 +29,7 @@ class SpectraConfig(ModelConfig):
     """Text-embedding model with a spectral attention branch; `task: masked_lm` is its trunk under a masked-LM head."""
 
     changeable: ClassVar[frozenset[str]] = frozenset({"dropout", "attention_impl", "trunk_init"})
+    no_fp16: ClassVar[str | None] = "squares of its logits leave that range"
 
     family: Literal["spectra"] = "spectra"
     task: Task = Field("embed", description="embed: the model itself; masked_lm: its trunk with a head that predicts "
@@ -118,6 +119,9 @@ class SpectraConfig(ModelConfig):
             why = f"model.fractal_depth {self.fractal_depth}" if self.fractal_depth > 1 else "model.profile compat"
             raise ConfigError("model.attention_impl", f"fused knows one corrected round and {why} is not that; "
                               "use explicit")
+        if self.spectral_entropy_gate and not self.use_spectral:
+            raise ConfigError("model.spectral_entropy_gate", "weighs the spectral branch, which model.use_spectral "
+                              "false leaves out; set it to false, or leave the branch in")
         if self.profile == "corrected" and not 0 < self.fusion_init < self.fusion_max:
             raise ConfigError("model.fusion_init", f"{self.fusion_init} must lie between 0 and model.fusion_max "
                               f"{self.fusion_max}, both excluded")
