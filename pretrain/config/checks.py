@@ -9,6 +9,7 @@ from pretrain.config import deepspeed_keys
 from pretrain.config.interval import Interval
 from pretrain.config.model import Section
 from pretrain.config.needle import NeedleConfig
+from pretrain.config.objective import InfoNCEConfig
 from pretrain.config.source import MixtureConfig, PairsConfig, SourceConfig
 from pretrain.errors import ConfigError, ConfigErrors
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 def check_run(config: RunConfig) -> None:
     """Raise ConfigErrors with every contradiction between sections."""
     found = [*_engine(config), *deepspeed_keys.problems(config.engine.deepspeed), *_data(config), *_schedule(config),
-             *_spikes(config), *_needle(config), *config.model.objective_problems(config.objective)]
+             *_spikes(config), *_needle(config), *_infonce(config), *config.model.objective_problems(config.objective)]
     if found:
         raise ConfigErrors(found)
 
@@ -37,7 +38,10 @@ def _engine(config: RunConfig) -> Iterator[ConfigError]:
         yield ConfigError("engine.precision", f"bf16 trains on engine.zero_stage 2 and 3, which is {stage}: stage 0 "
                           "takes a hidden optimizer step at start and stage 1 accumulates in bf16; "
                           "use fp32 or stage 2")
-    if engine.precision == "fp16" and stage == 0:
+    if engine.precision == "fp16" and config.model.no_fp16 is not None:
+        yield ConfigError("engine.precision", f"fp16 is not for model.family {config.model.family}: "
+                          f"{config.model.no_fp16}; use bf16 or fp32")
+    elif engine.precision == "fp16" and stage == 0:
         yield ConfigError("engine.precision", "fp16 trains on engine.zero_stage 1, 2 and 3, which is 0: there "
                           "gradients would be clipped before their loss scale is taken off; use fp32 or stage 2")
 
@@ -104,6 +108,14 @@ def _needle(config: RunConfig) -> Iterator[ConfigError]:
     if config.objective.name == "needle" and not (isinstance(source, NeedleConfig) and source.needle_query):
         yield ConfigError("objective.name", "needle needs data.source.kind needle with needle_query true; without a "
                           "query there is nothing to answer, use causal_lm")
+
+
+def _infonce(config: RunConfig) -> Iterator[ConfigError]:
+    objective = config.objective
+    if isinstance(objective, InfoNCEConfig) and objective.infonce_weight \
+            and getattr(config.model, "readout_from", "none") == "none":
+        yield ConfigError("objective.infonce_weight", "scores what a memory says, but model.readout_from is none; use "
+                          "family afrb with pvm, or weight 0")
 
 
 def _schedule(config: RunConfig) -> Iterator[ConfigError]:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from pretrain.config.objective import ObjectiveConfig
+from pretrain.config.source import DataConfig, PairsConfig
 from pretrain.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pretrain.config.run import ResolvedBatch
 
 COMPAT: dict[str, Any] = {
     "spectral_reg": "sample", "ent_nce_weight": 0.0, "bridge_metric": "mse", "bridge_stopgrad": False,
@@ -78,6 +82,18 @@ class ContrastiveConfig(ObjectiveConfig):
             if any(w <= 0 for w in getattr(self, key)):
                 raise ConfigError(f"objective.{key}", f"{getattr(self, key)}: every weight must be above 0")
         return self
+
+    def kept_tokens(self, data: DataConfig, batch: ResolvedBatch) -> int:
+        """A chunk of texts with caching; without, all texts that are contrasted with each other."""
+        source = data.source
+        if self.grad_cache or not isinstance(source, PairsConfig):
+            return super().kept_tokens(data, batch)
+        triplets = batch.micro_batch_size
+        if self.contrastive_batch == "update":
+            triplets *= batch.gradient_accumulation_steps
+        if self.profile == "compat":  # all texts are padded alike
+            return triplets * (2 + source.negatives_per_query) * max(source.query_length, source.passage_length)
+        return triplets * data.tokens_per_sample
 
     @property
     def trains_semantic(self) -> bool:

@@ -17,13 +17,18 @@ from pretrain.errors import ConfigError
 KEY = "train.init_from"
 
 
-def model_section(weights: Path) -> dict[str, Any] | None:
-    """Plain values of section `model` of the run that a run folder, a checkpoint in it or an export is of.
-
-    None where there is no such file, or none that can be read: weights of elsewhere say nothing about their config.
-    """
+def config_of_weights(weights: Path) -> Path | None:
+    """The resolved config of the run that a run folder, a checkpoint in it or an export is of, where one is there."""
     places = (weights / "config.yaml", weights / "training_config.yaml", weights.parent.parent / "config.yaml")
-    file = next((place for place in places if place.is_file()), None)
+    return next((place for place in places if place.is_file()), None)
+
+
+def model_section(weights: Path) -> dict[str, Any] | None:
+    """Plain values of section `model` of the run whose weights these are.
+
+    None where there is no config, or none that can be read: weights of elsewhere say nothing about theirs.
+    """
+    file = config_of_weights(weights)
     if file is None:
         return None
     try:

@@ -113,7 +113,7 @@ def rank_memory(config: RunConfig, batch: ResolvedBatch, precision: Precision, d
     """Memory of one rank of `config` in each phase."""
     model, engine, count = config.model, config.engine, config.model.parameter_count()
     element = 4 if precision == "fp32" else 2
-    tokens = batch.micro_batch_size * config.data.seq_len
+    tokens = config.objective.kept_tokens(config.data, batch)
     scored = config.objective.scored_tokens(config.data)
     per_token = model.activation_bytes_per_token(config.data.seq_len, element_bytes=element, scored=scored,
                                                  checkpointing=engine.activation_checkpointing)
@@ -164,7 +164,7 @@ def _held(s: _Sizes) -> Iterator[Term]:
 def _backward(s: _Sizes) -> Iterator[Term]:
     if s.gathered:
         yield Term("gathered weights", s.gathered, f"{s.element} (P + F), at most {MAX_LIVE_PARAMETERS:,} weights")
-    yield Term("activations", s.activations, "family's estimate x tokens of a micro-batch")
+    yield Term("activations", s.activations, "family's estimate x tokens kept at once")
     yield Term("logits and their gradient", s.logits, "2 x tokens with a loss x vocabulary, chunk by chunk")
     if s.stage == 0:
         yield Term("communication copy", 4 * s.trainable if s.world > 1 else 0, "4 P")

@@ -38,6 +38,9 @@ class ModelConfig(Section):
     changeable: ClassVar[frozenset[str]] = frozenset()
     """Keys that a run may change when it goes on: they say how it trains, not what the model is."""
 
+    no_fp16: ClassVar[str | None] = None
+    """Why the family does not train in fp16; None: it does."""
+
     family: str = Field(description="which family builds this model; see pretrain/config/registry.py")
     tokenizer: str | None = Field(None, description="folder or hub id of the tokenizer; null: the one of the data")
 

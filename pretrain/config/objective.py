@@ -10,6 +10,7 @@ from pretrain.config.model import Section
 from pretrain.errors import ConfigError
 
 if TYPE_CHECKING:
+    from pretrain.config.run import ResolvedBatch
     from pretrain.config.source import DataConfig
 
 
@@ -23,13 +24,28 @@ class ObjectiveConfig(Section):
         """Tokens of a sample at which the model is asked for logits."""
         return data.seq_len
 
+    def kept_tokens(self, data: DataConfig, batch: ResolvedBatch) -> int:
+        """Tokens of a rank whose activations are kept at once, padding included."""
+        return batch.micro_batch_size * data.seq_len
 
-class CausalLMConfig(ObjectiveConfig):
+
+class InfoNCEConfig(ObjectiveConfig):
+    """What objectives share that also contrast what a memory says with rows of the output table."""
+
+    infonce_weight: float = Field(0.0, ge=0, le=1, description="weight of InfoNCE of what a memory says (family afrb); "
+                                  "0 switches it off")
+    infonce_negatives: int = Field(128, ge=1, le=256, description="ids drawn against the wanted token")
+    infonce_tau: float = Field(0.08, ge=0.01, le=1, description="temperature of the cosines")
+
+
+class CausalLMConfig(InfoNCEConfig):
     """Next-token cross-entropy over all tokens of the update, each token weighing the same."""
 
     protocol: ClassVar[Literal["sum", "update"]] = "sum"
     name: Literal["causal_lm"] = "causal_lm"
     z_loss: float = Field(0.0, ge=0, le=1, description="weight of the squared log-normaliser; 0 switches it off")
+    infonce_positions: int = Field(64, ge=1, le=4096, description="tokens of each sample at which it is asked")
+    infonce_seed: int = Field(0, ge=0, lt=1 << 63, description="key of the draw of tokens and negatives")
 
 
 class MaskedLMConfig(ObjectiveConfig):
@@ -59,14 +75,11 @@ class MaskedLMConfig(ObjectiveConfig):
         return self
 
 
-class NeedleObjectiveConfig(ObjectiveConfig):
+class NeedleObjectiveConfig(InfoNCEConfig):
     """Cross-entropy of the answer, InfoNCE of the readout against the output table, and a retrieval term."""
 
     protocol: ClassVar[Literal["sum", "update"]] = "sum"
     name: Literal["needle"] = "needle"
-    infonce_weight: float = Field(0.0, ge=0, le=1, description="weight of InfoNCE; 0 switches it off")
-    infonce_negatives: int = Field(128, ge=1, le=256, description="ids drawn against each answer token")
-    infonce_tau: float = Field(0.08, ge=0.01, le=1, description="temperature of the cosines")
     lambda_retrieval: float = Field(0.0, ge=0, le=1, description="weight of a second cross-entropy of the answer; the "
                                     "same as the first unless legacy_loss")
     legacy_loss: bool = Field(False, description="that second one without the shift, as the original trained: it "

@@ -92,6 +92,18 @@ def make_plan(config: RunConfig, world_size: int, *, precision: Precision, devic
                 checkpoint_bytes=checkpoint_bytes(count, config.engine.zero_stage, precision))
 
 
+def never_counts(config: RunConfig, batch: ResolvedBatch, steps: int) -> list[str]:
+    """A line for each "from here on" that lies behind the end of a run of `steps` updates."""
+    end = batch.progress(steps, config.data.tokens_per_sample)
+    watched = config.model.kind == "encoder" and config.objective.protocol == "update" and config.eval.every is not None
+    keys = (("train.patience_after", config.train.patience_after if config.train.patience else None,
+             "train.patience never ends it"),
+            ("eval.embedding.health_after", config.eval.embedding.health_after if watched else None,
+             "no evaluation warns of a collapse"))
+    return [f"{key}: {interval} are more than the run has ({end.in_unit(interval.unit):,.0f}): {meaning}"
+            for key, interval, meaning in keys if interval is not None and end.in_unit(interval.unit) < interval.amount]
+
+
 def windows(tokens: int, seq_len: int, stride: int | None) -> int:
     """Samples in a split: windows of seq_len + 1 tokens that start every `stride` tokens; a short tail is dropped."""
     return max(0, (tokens - seq_len - 1) // (stride or seq_len) + 1)
@@ -119,10 +131,15 @@ def checkpoint_bytes(count: ParameterCount, zero_stage: int, precision: Precisio
 
 def largest_micro_batch(config: RunConfig, world_size: int, memory_bytes: int, *, precision: Precision,
                         device: DeviceKind) -> int:
-    """The largest micro-batch of a rank that stays within `memory_bytes` of its device; 0 where not even one fits."""
+    """The largest micro-batch of a rank that stays within `memory_bytes` of its device; 0 where not even one fits.
+
+    With the accumulation that the config states, else none.
+    """
+    steps = config.batch.gradient_accumulation_steps or 1
+
     def fits(micro: int) -> bool:
-        batch = ResolvedBatch(global_batch_size=micro * world_size, micro_batch_size=micro,
-                              gradient_accumulation_steps=1, data_parallel_size=world_size)
+        batch = ResolvedBatch(global_batch_size=micro * steps * world_size, micro_batch_size=micro,
+                              gradient_accumulation_steps=steps, data_parallel_size=world_size)
         return rank_memory(config, batch, precision, device).device_bytes <= memory_bytes
 
     low, high = 0, 1

@@ -53,6 +53,12 @@ class _Trial:
         config = self.config.model_copy(update={"engine": engine})
         return _Trial(config, self.batch, (*self.settings, (f"engine.{key}", value)))
 
+    def cached(self) -> _Trial:
+        """With the contrastive batch in chunks, of which one at a time keeps its activations."""
+        config = self.config.model_copy(update={
+            "objective": self.config.objective.model_copy(update={"grad_cache": True})})
+        return _Trial(config, self.batch, (*self.settings, ("objective.grad_cache", True)))
+
     def ranks(self, world: int) -> _Trial:
         """On more ranks, each with its share of the batch."""
         micro = max(1, self.batch.micro_batch_size * self.batch.data_parallel_size // world)
@@ -90,6 +96,8 @@ def _singles(start: _Trial, device: DeviceKind) -> Iterator[_Trial]:
     for size in range(batch.micro_batch_size - 1, 0, -1):
         if share % size == 0:
             yield start.micro(size)
+    if getattr(config.objective, "grad_cache", None) is False:
+        yield start.cached()
     if not config.engine.activation_checkpointing:
         yield start.engine("activation_checkpointing", True)
     if batch.data_parallel_size > 1:
@@ -103,7 +111,8 @@ def _singles(start: _Trial, device: DeviceKind) -> Iterator[_Trial]:
 
 
 def _together(start: _Trial, device: DeviceKind) -> Iterator[_Trial]:
-    trial = start.micro(1) if start.batch.micro_batch_size > 1 else start
+    trial = start.cached() if getattr(start.config.objective, "grad_cache", None) is False else start
+    trial = trial.micro(1) if trial.batch.micro_batch_size > 1 else trial
     if not trial.config.engine.activation_checkpointing:
         trial = trial.engine("activation_checkpointing", True)
         yield trial

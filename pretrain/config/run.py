@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pretrain.config.interval import Interval
+from pretrain.config.interval import Interval, Progress
 from pretrain.config.model import ModelConfig, Section
 from pretrain.config.objective import ObjectiveConfig
 from pretrain.config.registry import MODEL_SCHEMAS, OBJECTIVE_SCHEMAS, resolve
@@ -41,6 +41,12 @@ class ResolvedBatch(Section):
     micro_batch_size: int
     gradient_accumulation_steps: int
     data_parallel_size: int
+
+    def progress(self, updates: int, tokens_per_sample: int, epoch_samples: int | None = None) -> Progress:
+        """Progress after so many updates, each of them a step."""
+        samples = updates * self.global_batch_size
+        return Progress(steps=updates, micro_steps=updates * self.gradient_accumulation_steps, samples=samples,
+                        tokens=samples * tokens_per_sample, epoch_samples=epoch_samples)
 
 
 class OptimConfig(Section):
@@ -116,8 +122,9 @@ class EngineConfig(Section):
 class MirrorConfig(Section):
     """A second copy of checkpoints, on another disk; made in the background, never in the way of training."""
 
-    path: str = Field(description="folder; the copy of the run is PATH/NAME")
-    every: int = Field(1, ge=1, description="copy every so many saves")
+    path: str | None = Field(description="folder; the copy of the run is PATH/NAME. null: no copies")
+    every: int = Field(1, ge=1, description="1: copy every save; more: every so many of those that checkpoint.every is "
+                       "the reason of")
 
 
 class CheckpointConfig(Section):
@@ -190,7 +197,8 @@ class RunConfig(Section):
 
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,100}$", description="folder name under runs_dir")
     runs_dir: str = Field("runs", description="folder of run folders")
-    seed: int = Field(42, ge=0, lt=2**63, description="seeds weights, data order and every random draw")
+    seed: int = Field(42, ge=0, lt=2**63, description="seeds weights, data order and dropout; sources and "
+                      "objectives that draw have a seed of their own")
     model: ModelConfig
     data: DataConfig
     objective: ObjectiveConfig

@@ -76,7 +76,8 @@ class PairsConfig(SourceConfig):
     query_length: int = Field(64, ge=2, le=1 << 20, description="tokens a query is cut to, special tokens included")
     passage_length: int = Field(256, ge=2, le=1 << 20, description="tokens a passage is cut to, the special ones too")
     negatives_per_query: int = Field(0, ge=0, le=64, description="negatives drawn for each pair")
-    seed: int = Field(0, ge=0, lt=1 << 63, description="key of the draw of negatives")
+    seed: int = Field(0, ge=0, lt=1 << 63, description="key of the draw of negatives, in training and validation; the "
+                      "run's own seed leaves them as they are")
     verify: Literal["full", "touch", "off", "auto"] = Field(
         "auto", description="full: hash all shards before the first step; touch: each at first use; auto: full to 2 GB")
 

@@ -59,12 +59,13 @@ class BuildContext:
 
 @dataclass(frozen=True, slots=True)
 class ParamGroup:
-    """Parameters that share a learning-rate scale and a weight decay."""
+    """Parameters that share a learning-rate scale, a weight decay and, where they have their own, AdamW's betas."""
 
     name: str
     params: list[torch.nn.Parameter]
     lr_scale: float = 1.0
     weight_decay: float = 0.0
+    betas: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +127,10 @@ class Hooks:
     def before_engine(self, ctx: EngineStartContext) -> None:
         """Fresh runs only, on all ranks, before the engine starts (calibration, say)."""
 
+    def measured(self) -> dict[str, float]:
+        """What `before_engine` found, for the first row of the metrics."""
+        return {}
+
     def controls(self, step: int) -> dict[str, float]:
         """Pure function of the step: ramps, flags, temperatures; passed to forward and to the objective."""
         return {}
@@ -162,6 +167,8 @@ class Family:
     objectives: frozenset[str]
     hooks: Callable[[RunConfig], Hooks] = no_hooks
     diagnostics: Callable[[PreTrainedModel, Mapping[str, float]], list[Diagnosis]] = no_diagnostics
+    grad_warn: float | None = None
+    """Gradient norm before clipping above which an update is told of; None: only far above its running median."""
     csv_columns: Sequence[str] = ()
     """Leading columns of metrics.csv, in this order; `name=key` shows the metric `key` under another name."""
     export: Callable[[PreTrainedModel], PreTrainedModel] | None = None

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from pretrain.config.deepspeed import bucket_elements
 from pretrain.config.load import load_run_config
 from pretrain.config.memory import rank_memory
-from pretrain.config.plan import Speed, checkpoint_bytes, largest_micro_batch, make_plan, windows
+from pretrain.config.plan import Speed, checkpoint_bytes, largest_micro_batch, make_plan, never_counts, windows
 from pretrain.config.run import ResolvedBatch
 from pretrain.errors import ConfigError
 from tests.presets import presets
@@ -126,6 +126,49 @@ def test_the_largest_micro_batch_fits_and_the_next_does_not(name, gib):
 
     assert micro == 0 or fits(micro)
     assert not fits(micro + 1)
+
+
+@pytest.mark.parametrize(("sets", "texts", "width"), [
+    ([], 8, 160),  # a chunk
+    (["objective.grad_cache=false"], 8 * 8 * 3, 160),  # query, positive and negative of every triplet of the update
+    (["objective.grad_cache=false", "objective.contrastive_batch=micro_batch"], 8 * 3, 160),
+    (["objective.grad_cache=false", "data.source.query_length=40"], 8 * 8, 40 + 2 * 160),
+    (["objective.grad_cache=false", "objective.profile=compat", "data.source.query_length=40"], 8 * 3, 160)])
+def test_without_caching_the_activations_of_all_texts_that_are_contrasted_count(sets, texts, width):
+    def activations(more):
+        return terms(plan_of("spectra-m456", more, precision="bf16", device="cuda", epoch_samples=98000),
+                     "backward")["activations"]
+
+    one = activations(["batch.micro_batch_size=1"]) / 160
+    assert activations(sets) == pytest.approx(one * texts * width, rel=1e-6)
+
+
+def test_the_largest_micro_batch_without_caching_counts_the_accumulation_of_the_config():
+    def largest(*sets):
+        return largest_micro_batch(load_run_config("spectra-m456", list(sets)).config, 2, 80 * 2**30, precision="bf16",
+                                   device="cuda")
+
+    cached, uncached = largest(), largest("objective.grad_cache=false")
+    assert 0 < uncached <= cached // 24
+    alone = largest("objective.grad_cache=false", "batch.gradient_accumulation_steps=1")
+    assert uncached == alone // 8
+
+
+@pytest.mark.parametrize("world", [1, 8])
+def test_patience_and_health_count_from_the_same_share_of_a_run_on_any_number_of_ranks(world):
+    def told(*sets):
+        config = load_run_config("spectra-m456", list(sets)).config
+        plan = make_plan(config, world, precision="bf16", device="cuda", epoch_samples=98000)
+        return never_counts(config, plan.batch, plan.steps), plan.steps * 8
+
+    lines, micro_steps = told()
+    assert lines == []
+    for key, meaning in (("train.patience_after", "train.patience never ends it"),
+                         ("eval.embedding.health_after", "no evaluation warns of a collapse")):
+        lines, micro_steps = told(f"{key}=5000 micro_steps")
+        beyond = f"{key}: 5000 micro_steps are more than the run has ({micro_steps:,}): {meaning}"
+        assert lines == ([beyond] if world == 8 else [])
+    assert told("train.patience=null", "train.patience_after=1M samples", "eval.every=null")[0] == []
 
 
 def big(monkeypatch, trainable, frozen):

@@ -55,6 +55,14 @@ def test_micro_batches_shrink_no_more_than_they_must():
         (("batch.micro_batch_size", 4),), (("engine.activation_checkpointing", True),)]
 
 
+def test_an_uncached_contrastive_batch_is_relieved_by_caching_not_by_smaller_micro_batches():
+    sets = ("objective.grad_cache=false", "batch.gradient_accumulation_steps=64", "engine.precision=bf16")
+    config = run(*sets, preset="spectra-m456")
+    singles = [relief.settings for relief in found(config, 4, 40 * GIB)]
+    assert (("objective.grad_cache", True),) in singles
+    assert not any(key == "batch.micro_batch_size" for settings in singles for key, _ in settings)
+
+
 def test_where_no_single_setting_is_enough_several_are_named_together():
     (relief,) = found(run(*BATCH), 4, 3 * GIB)
     assert relief.settings == (("batch.micro_batch_size", 1), ("engine.activation_checkpointing", True))
