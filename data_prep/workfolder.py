@@ -47,7 +47,7 @@ def open_work(out: Path, recipe: dict[str, Any], files: dict[str, Any], *, share
     folder = out.with_name(f".{out.name}.partial")
     stated = canonical_json({"recipe": recipe, "files": files, "version": importlib.metadata.version("pretrain")})
     try:
-        (folder / WORK).mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError as error:
         raise UserError(f"{folder}: cannot be made ({error.strerror})") from None
@@ -102,10 +102,10 @@ def _set_up(folder: Path, stated: bytes, recipe: dict[str, Any]) -> None:
     if same:
         for left in [*folder.glob(".tmp-*"), *(folder / WORK).rglob(".*")]:
             left.unlink(missing_ok=True)  # half-written files and unnamed arrays of a killed process
-        return
-    for left in folder.iterdir():
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
-    (folder / WORK).mkdir()
+    else:
+        for left in folder.iterdir():
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+    (folder / WORK).mkdir(exist_ok=True)  # only here, under the lock: made earlier, it would cross a removal
     write_atomic(made_of, stated)
     fsync(folder / WORK)
 

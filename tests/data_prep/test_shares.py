@@ -2,8 +2,10 @@
 
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
+import threading
 import time
 
 import pytest
@@ -12,6 +14,7 @@ from test_pipeline import hashes
 from data_prep import build, plan
 from data_prep.manifest import Manifest
 from data_prep.pipeline import prepare, prepare_share
+from data_prep.workfolder import open_work
 from pretrain.cli.main import main
 from pretrain.errors import UserError
 
@@ -44,6 +47,37 @@ def test_shares_one_after_the_other_make_the_same_dataset(dataset, make_config, 
     prepare(config, reporter=Look(lambda: changed.extend(p for p, t in units(tmp_path).items() if before.get(p) != t)))
     assert not changed
     assert hashes(tmp_path / "d") == hashes(dataset)
+
+
+def test_a_share_that_arrives_while_another_sets_the_folder_up_waits_for_it(tmp_path, monkeypatch):
+    stale, out = tmp_path / ".d.partial" / "work", tmp_path / "d"
+    removal = threading.Event()
+    stale.mkdir(parents=True)
+
+    def removed_slowly(folder, **options):
+        rmtree(folder, **options)
+        removal.set()
+        time.sleep(1)  # the second share has until here to make the folder in its turn
+
+    rmtree = shutil.rmtree
+    monkeypatch.setattr("data_prep.workfolder.shutil.rmtree", removed_slowly)
+    failures = []
+
+    def share():
+        try:
+            with open_work(out, {}, {}, shared=True) as folder:
+                assert (folder / "work").is_dir()
+        except Exception as error:
+            failures.append(error)
+
+    first, second = threading.Thread(target=share), threading.Thread(target=share)
+    first.start()
+    assert removal.wait(10)
+    second.start()
+    first.join(10)
+    second.join(10)
+    assert not failures
+    assert not first.is_alive() and not second.is_alive()
 
 
 class Look:
