@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM ?= false
 .PHONY: help install demo test test-slow test-slurm slurm-deps lint bench clean
 help:
 	@echo "make demo       install, prepare real text, train on 2 processes, evaluate, report (8 minutes on 2 cores)"
-	@echo "make test       lint, types and tests (about 15 minutes on 2 cores)"
+	@echo "make test       lint, types and tests (about 9 minutes on 2 cores)"
 	@echo "make test-slow  the long suites: faults, splits of a batch, the wheel"
 	@echo "make slurm-deps the packages slurm-wlm and munge, for a throw-away cluster in tests (root, Debian)"
 	@echo "make test-slurm jobs, faults and restarts on that cluster; skipped where it is not installed"
@@ -32,7 +32,7 @@ lint: install
 	$(BIN)/lint-imports
 
 test: lint
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow" -n 2 --no-loadscope-reorder
 
 test-slow: install
 	$(BIN)/pytest -m slow

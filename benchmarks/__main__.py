@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 HELPERS = {"__main__", "harness", "peer_worker", "peers", "planted"}
-CAMPAIGNS = {"faults", "afrb_tables"}
+CAMPAIGNS = {"faults", "afrb_tables", "afrb_capacity", "afrb_collisions"}
 """Run by name only: they measure nothing and take minutes, or need models that were trained."""
 
 

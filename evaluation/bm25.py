@@ -22,16 +22,21 @@ def words(text: str) -> list[str]:
 
 
 def bm25_search(queries: Sequence[str], passages: Sequence[str], k: int) -> list[list[int]]:
-    """Numbers of the k best passages for each query, best first; equal scores by number.
+    """Numbers of the k best passages for each query, best first, equal scores by number: those that share a word with
+    it, so perhaps fewer, or none.
 
     Robertson's weighting as Lucene has it, k1 1.2, b 0.75. Source: Robertson and Zaragoza, The probabilistic relevance
     framework: BM25 and beyond (2009).
     """
+    split = [words(text) for text in passages]
+    if not any(split):
+        return [[] for _ in queries]
     index = bm25s.BM25(k1=K1, b=B, method="lucene")
-    index.index([words(text) for text in passages], show_progress=False)
+    index.index(split, show_progress=False)
     found = []
     for query in queries:
         tokens = [token for token in words(query) if token in index.vocab_dict]
         scores = np.asarray(index.get_scores(tokens)) if tokens else np.zeros(len(passages))
-        found.append(np.argsort(-scores, kind="stable")[:k].tolist())
+        best = np.argsort(-scores, kind="stable")[:k]
+        found.append(best[scores[best] > 0].tolist())
     return found

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +12,8 @@ import torch
 import torch.distributed as dist
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from data_prep.reading import open_text
 from evaluation.embedding_eval import Encoder
+from evaluation.tabular import lists, objects, opened, suffix_of
 from evaluation.vectors import Alone, encode, shorten
 from pretrain.config.suggest import nearest
 from pretrain.errors import UserError
@@ -55,36 +53,32 @@ def embed_texts(encoder: Encoder, texts: Sequence[str], head: str | None, dim: i
 def read_texts(path: Path, column: str) -> list[str]:
     """Texts of a file: lines of .txt, else a column of .csv, .tsv, .jsonl (plain, .gz, .zst) or .parquet.
 
-    Raises UserError naming file, line and column.
+    Text i is line or row i: none is left out. Raises UserError naming file, line and column.
     """
     if not path.is_file():
         raise UserError(f"{path}: there is no such file")
-    suffix = next((s for s in reversed(path.suffixes) if s not in (".gz", ".zst", ".zstd")), "")
-    if suffix == ".parquet":
-        from datasets import Dataset
-        table = Dataset.from_parquet(str(path))
-        if column not in table.column_names:
-            raise UserError(f'{path}: has no column "{column}"{nearest(column, table.column_names)}; it has '
-                            f"{', '.join(table.column_names)}")
-        return [str(value) for value in table[column]]
-    if suffix not in (".txt", ".csv", ".tsv", ".jsonl"):
-        raise UserError(f"{path}: .txt, .csv, .tsv, .jsonl or .parquet would be right")
-    with open_text(path) as stream:
-        lines = io.TextIOWrapper(stream, "utf-8-sig", newline="" if suffix in (".csv", ".tsv") else None)
-        if suffix == ".txt":
-            return [line.rstrip("\n") for line in lines if line.strip()]
-        if suffix == ".jsonl":
-            return [_field(path, number, json.loads(line), column) for number, line in enumerate(lines, 1)
-                    if line.strip()]
-        table = csv.DictReader(lines, delimiter="," if suffix == ".csv" else "\t")
-        return [_field(path, table.line_num, row, column) for row in table]
+    kind = suffix_of(path)
+    if kind == ".txt":
+        with opened(path, newline=None) as stream:
+            lines = stream.read().rstrip().split("\n")
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                raise UserError(f"{path}:{number}: is empty; each line is a text")
+        return lines
+    if kind in (".csv", ".tsv"):
+        rows = lists(path)
+        _, names = next(rows, ("", []))
+        return [_field(where, dict(zip(names, fields, strict=False)), column) for where, fields in rows]
+    if kind in (".jsonl", ".parquet"):
+        return [_field(where, row, column) for where, row in objects(path)]
+    raise UserError(f"{path}: .txt, .csv, .tsv, .jsonl or .parquet would be right")
 
 
-def _field(path: Path, line: int, row: object, column: str) -> str:
-    if not isinstance(row, dict) or not isinstance(row.get(column), str):
-        known = ", ".join(map(str, row)) if isinstance(row, dict) else "no fields"
-        raise UserError(f'{path}:{line}: has no text in "{column}"; it has {known}')
-    return str(row[column])
+def _field(where: str, row: Mapping[str, object], column: str) -> str:
+    value = row.get(column)
+    if not isinstance(value, str):
+        raise UserError(f'{where}: has no text in "{column}"{nearest(column, row)}; it has {", ".join(row)}')
+    return value
 
 
 def write_vectors(path: Path, texts: Sequence[str], vectors: torch.Tensor) -> None:

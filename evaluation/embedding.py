@@ -18,8 +18,10 @@ from pretrain.metrics.retrieval import exact_search, ndcg, recall, reciprocal_ra
 from pretrain.metrics.sts import cosines, pearson, spearman, spearman_interval
 
 STS, RETRIEVAL, COLLAPSE = "sts", "retrieval", "collapse"
-VERSIONS = {STS: 1, RETRIEVAL: 2, COLLAPSE: 1}
+VERSIONS = {STS: 1, RETRIEVAL: 3, COLLAPSE: 1}
 RECALL_AT = (1, 5, 10, 100)
+DEEPEST = max(RECALL_AT) + 1
+"""Passages ranked: one of them may be the query itself."""
 COLLAPSE_TEXTS = 512
 
 Encode = Callable[[Rows, Sequence[str] | None], dict[str, torch.Tensor]]
@@ -64,6 +66,12 @@ class Ranking:
     ranked: list[list[int]]
     relevant: Sequence[Mapping[int, float]]
 
+    def without(self, own: Sequence[int | None]) -> Ranking:
+        """Each query's `own` passage left out, as BEIR has it: where it is judged, it stays."""
+        kept = [row if mine in right else [number for number in row if number != mine]
+                for row, mine, right in zip(self.ranked, own, self.relevant, strict=True)]
+        return Ranking(kept, self.relevant)
+
     def metrics(self, prefix: str, seed: int = 0) -> dict[str, Metric]:
         """`PREFIX/ndcg@10`, `mrr@10`, `recall@K`, with bootstrap intervals over queries."""
         values = {"ndcg@10": ndcg(self.ranked, self.relevant, 10),
@@ -95,13 +103,18 @@ def sts(encode: Encode, tokens: Callable[[Sequence[str]], list[list[int]]], pair
 
 
 def retrieval(encode: Encode, queries: Rows, passages: Rows, relevant: Sequence[Mapping[int, float]],
-              cuts: Sequence[Cut] = (Cut(),), *, seed: int = 0) -> dict[str, Metric]:
-    """Exact search of `passages` by cosine: `retrieval/VECTORS/ndcg@10` and so on. Collective."""
+              cuts: Sequence[Cut] = (Cut(),), *, own: Sequence[int | None] | None = None, seed: int = 0
+              ) -> dict[str, Metric]:
+    """Exact search of `passages` by cosine: `retrieval/VECTORS/ndcg@10` and so on. Collective.
+
+    `own` names the passage of each query that is the query itself; see `Ranking.without`.
+    """
     asked, searched = cut_vectors(encode, queries, cuts), cut_vectors(encode, passages, cuts)
     found: dict[str, Metric] = {}
     for name in asked:
-        _, numbers = exact_search(asked[name], searched[name], max(RECALL_AT))
-        found |= Ranking(numbers.tolist(), relevant).metrics(f"{RETRIEVAL}/{name}", seed)
+        _, numbers = exact_search(asked[name], searched[name], DEEPEST)
+        ranking = Ranking(numbers.tolist(), relevant)
+        found |= (ranking.without(own) if own else ranking).metrics(f"{RETRIEVAL}/{name}", seed)
     return found | retention(found, "recall@10")
 
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from data_prep.manifest import Manifest
 from data_prep.pairs import drawn_pairs, stored_pairs
-from data_prep.reading import open_text
+from evaluation.tabular import json_object, lists, objects, opened, suffix_of
 from pretrain.errors import UserError
 
 _SCORE_NAMES = ("score", "label", "similarity_score")
@@ -40,10 +38,12 @@ def read_scored_pairs(path: Path) -> ScoredPairs:
     for where, row in _scored_rows(path):
         try:
             first, second, score = row["sentence1"], row["sentence2"], float(row["score"])
+            if not math.isfinite(score) or not isinstance(first, str) or not isinstance(second, str):
+                raise ValueError
         except (KeyError, TypeError, ValueError):
             raise UserError(f"{where}: is no row of sentence1, sentence2, score (a number): {str(row)[:100]}") from None
-        found.first.append(str(first))
-        found.second.append(str(second))
+        found.first.append(first)
+        found.second.append(second)
         found.scores.append(score)
     if len(found.scores) < 2:
         raise UserError(f"{path}: holds {len(found.scores)} pairs; a correlation needs two at least")
@@ -51,46 +51,24 @@ def read_scored_pairs(path: Path) -> ScoredPairs:
 
 
 def _scored_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    suffix = next((s for s in reversed(path.suffixes) if s not in (".gz", ".zst", ".zstd")), "")
-    if path.is_dir() or suffix == ".parquet":
-        from datasets import Dataset, load_from_disk
-        table = load_from_disk(str(path)) if path.is_dir() else Dataset.from_parquet(str(path))
-        for number, row in enumerate(table):
-            yield f"{path}, row {number}", _named(row)
-        return
-    if suffix not in (".csv", ".tsv", ".jsonl"):
-        raise UserError(f"{path}: .csv, .tsv, .jsonl, .parquet or a folder of `datasets` would be right")
-    with open_text(path) as stream:
-        lines = io.TextIOWrapper(stream, "utf-8-sig", newline="")
-        if suffix == ".jsonl":
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield f"{path}:{number}", _named(_json(line, f"{path}:{number}"))
-            return
-        reader = csv.reader(lines, delimiter="," if suffix == ".csv" else "\t",
-                            quoting=csv.QUOTE_MINIMAL if suffix == ".csv" else csv.QUOTE_NONE)
+    kind = suffix_of(path)
+    if path.is_dir() or kind in (".parquet", ".jsonl"):
+        yield from ((where, _named(row)) for where, row in objects(path))
+    elif kind in (".csv", ".tsv"):
         names = ["sentence1", "sentence2", "score"]
-        for number, fields in enumerate(reader, 1):
-            if number == 1 and "sentence1" in fields:
+        for number, (where, fields) in enumerate(lists(path)):
+            if number == 0 and "sentence1" in fields:
                 names = fields
-            elif fields:
-                yield f"{path}:{number}", _named(dict(zip(names, fields, strict=False)))
+            else:
+                yield where, _named(dict(zip(names, fields, strict=False)))
+    else:
+        raise UserError(f"{path}: .csv, .tsv, .jsonl, .parquet or a folder of `datasets` would be right")
 
 
 def _named(row: Mapping[str, Any]) -> Mapping[str, Any]:
     """The row with its score under the one name."""
     name = next((name for name in _SCORE_NAMES if name in row), None)
     return {**row, "score": row[name]} if name else row
-
-
-def _json(line: str, where: str) -> dict[str, Any]:
-    try:
-        value = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{where}: no JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{where}: no JSON object: {line[:100]}")
-    return value
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,16 +92,16 @@ def read_beir(folder: Path, qrels: str = "test") -> Judgements:
     for name in ("corpus.jsonl", "queries.jsonl", f"qrels/{qrels}.tsv"):
         if not (folder / name).is_file():
             raise UserError(f"{folder}: is no BEIR folder: {name} is missing")
-    passages = {record["_id"]: f"{record.get('title') or ''} {record.get('text') or ''}".strip()
-                for record in _records(folder / "corpus.jsonl")}
-    texts = {record["_id"]: str(record.get("text") or "") for record in _records(folder / "queries.jsonl")}
+    passages = _by_id(folder / "corpus.jsonl",
+                      lambda record: f"{record.get('title') or ''} {record.get('text') or ''}".strip())
+    texts = _by_id(folder / "queries.jsonl", lambda record: str(record.get("text") or ""))
     numbers = {name: number for number, name in enumerate(passages)}
     relevant: dict[str, dict[int, float]] = {}
     path = folder / "qrels" / f"{qrels}.tsv"
     for line, content in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         fields = content.split("\t")
-        if line == 1 or not content.strip():  # the first line is a header
-            continue
+        if not content.strip() or (line == 1 and not (fields[0] in texts and fields[1:2] and fields[1] in numbers)):
+            continue  # the first line is a header, as a rule
         if len(fields) != 3 or fields[0] not in texts or fields[1] not in numbers:
             raise UserError(f"{path}:{line}: is no query-id, corpus-id, score of known ids: {content[:100]}")
         try:
@@ -137,14 +115,21 @@ def read_beir(folder: Path, qrels: str = "test") -> Judgements:
                       f"{folder.name}/{qrels}", judged, list(passages))
 
 
-def _records(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as file:
+def _by_id(path: Path, text_of: Callable[[dict[str, Any]], str]) -> dict[str, str]:
+    """Texts of a .jsonl by `_id`, in its order."""
+    found: dict[str, str] = {}
+    with opened(path) as file:
         for line, content in enumerate(file, 1):
-            if content.strip():
-                record = _json(content, f"{path}:{line}")
-                if "_id" not in record:
-                    raise UserError(f"{path}:{line}: has no _id")
-                yield {**record, "_id": str(record["_id"])}
+            if not content.strip():
+                continue
+            record = json_object(content, f"{path}:{line}")
+            if "_id" not in record:
+                raise UserError(f"{path}:{line}: has no _id")
+            name = str(record["_id"])
+            if name in found:
+                raise UserError(f"{path}:{line}: _id {name!r} stands in an earlier line already")
+            found[name] = text_of(record)
+    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ import torch
 from data_prep.tokenizer import special_ids
 from evaluation import embedding
 from evaluation.bm25 import bm25_search
-from evaluation.embedding import RECALL_AT, RETRIEVAL, STS, Cut, Ranking, collapse, retrieval, sts
+from evaluation.embedding import DEEPEST, RETRIEVAL, STS, Cut, Ranking, collapse, retrieval, sts
 from evaluation.embedding_data import judgements_of_split, read_beir, read_scored_pairs
 from evaluation.offline import Request, about
 from evaluation.results import Results, records
@@ -33,7 +33,7 @@ def tokens_of(target: Target, max_length: int | None = None) -> TextTokens:
     """How texts become the ids that an encoder was trained on. Raises UserError where it has no tokenizer."""
     longest = target.max_seq_len or 512
     if max_length is not None and max_length > longest:
-        raise UserError(f"--seq-len {max_length}: the model takes {longest} tokens")
+        raise UserError(f"texts of {max_length} tokens: the model takes {longest} tokens")
     source = target.config.data.source if target.config is not None else None
     if isinstance(source, PairsConfig):
         own = min(longest, max(source.query_length, source.passage_length))
@@ -98,14 +98,15 @@ def evaluate_retrieval(target: Target, request: Request, command: list[str]) -> 
     """
     encoder = Encoder.of(target, max_length=request.seq_len, batch_size=request.batch_size)
     pool = _pool(target, encoder, request)
-    metrics = retrieval(encoder, pool.queries, pool.passages, pool.relevant, _cuts(encoder, request), seed=request.seed)
+    metrics = retrieval(encoder, pool.queries, pool.passages, pool.relevant, _cuts(encoder, request), own=pool.own,
+                        seed=request.seed)
     if request.baselines:
         queries, passages = pool.texts
-        ranked = bm25_search(queries, passages, max(RECALL_AT))
-        metrics |= Ranking(ranked, pool.relevant).metrics(f"{RETRIEVAL}/BM25", request.seed)
+        ranking = Ranking(bm25_search(queries, passages, DEEPEST), pool.relevant)
+        metrics |= (ranking.without(pool.own) if pool.own else ranking).metrics(f"{RETRIEVAL}/BM25", request.seed)
         for name, other in _references(target, request):
             found = retrieval(other, other.tokens(queries), other.tokens(passages), pool.relevant, [Cut()],
-                              seed=request.seed)
+                              own=pool.own, seed=request.seed)
             metrics |= {_renamed(key, name): metric for key, metric in found.items()}
     return _results(RETRIEVAL, metrics, target, request, encoder,
                     {**pool.described(), "passages": len(pool.passages)}, command)
@@ -133,10 +134,13 @@ class _Pool:
     texts: tuple[list[str], list[str]]
     """Queries and passages, whole: references read all of a text, whatever the model's own limit is. Of stored pairs
     they are what the tokenizer makes of the ids, which is the text itself for byte-level ones."""
+    own: list[int | None] | None = None
+    """Of a BEIR folder: the passage that has the query's id, and is no answer to it."""
 
     def described(self) -> dict[str, Any]:
         """What figures of this pool stand beside."""
-        digest = hashlib.sha256(json.dumps([self.queries, self.passages, len(self.relevant)]).encode())
+        judged = [sorted(relevant.items()) for relevant in self.relevant]
+        digest = hashlib.sha256(json.dumps([*self.texts, judged]).encode())
         return {"path": self.path, "split": self.name, "queries": len(self.queries), "fingerprint": digest.hexdigest()}
 
 
@@ -147,8 +151,9 @@ def _pool(target: Target, encoder: Encoder, request: Request) -> _Pool:
         raise UserError("give --data DIR: a BEIR folder or a dataset of pairs")
     if (folder / "corpus.jsonl").is_file():
         judged = read_beir(folder, request.split or "test")
+        numbers = {name: number for number, name in enumerate(judged.passage_ids)}
         return _Pool(encoder.tokens(judged.queries), encoder.tokens(judged.passages), judged.relevant, judged.name,
-                     str(folder), (judged.queries, judged.passages))
+                     str(folder), (judged.queries, judged.passages), [numbers.get(name) for name in judged.query_ids])
     stored = judgements_of_split(folder, request.split or VALIDATION_SPLIT, pool=request.pool or POOL)
     theirs = TextTokens.of_dataset(folder, encoder.tokens.max_length)
     if theirs.tokenizer.to_str() != encoder.tokens.tokenizer.to_str():

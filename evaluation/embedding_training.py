@@ -105,7 +105,7 @@ class EmbeddingEvaluator:
         return {"val/loss": Metric(loss / batches, n, False), "val/accuracy": Metric(correct / batches, n, True)}
 
     def _retrieval(self, view: View, tokens: TextTokens, judged: StoredJudgements) -> dict[str, Metric]:
-        """Of the ranking head where there is one, and of the default one; collapse of the latter, over passages."""
+        """Of the default head and of `eval.embedding.head`; collapse of the former, over passages."""
         chosen = spread(len(judged.queries), self._config.queries).tolist()
         queries = tokens.around([judged.queries[number] for number in chosen])
         relevant = [judged.relevant[number] for number in chosen]
@@ -190,9 +190,9 @@ def health_warnings(found: Mapping[str, Metric], view: RunView, config: Embeddin
     told = []
     for name, sign, limit, meaning in rules:
         value = found[name].value if name in found else None
-        if value is not None and (value > limit if sign == ">" else not value >= limit):
-            told.append(f"step {view.step}: {name} {value:.3g} is {'above' if sign == '>' else 'below'} {limit:g}: "
-                        f"{meaning}")
+        if value is not None and not (value <= limit if sign == ">" else value >= limit):
+            side = "no number" if math.isnan(value) else f"{'above' if sign == '>' else 'below'} {limit:g}"
+            told.append(f"step {view.step}: {name} {value:.3g} is {side}: {meaning}")
     return told
 
 

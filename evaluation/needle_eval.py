@@ -205,7 +205,9 @@ class _Asked:
     def _at_null(self, rate: Rate, expected: Expected) -> bool | None:
         """Whether a rate is no higher than the null it is held to; None where there is none."""
         bound = getattr(needle.nulls(self.task), expected, None)
-        return None if bound is None else rate.at_chance(bound)
+        if bound is None:
+            return None
+        return rate.at_uniform_chance(bound) if expected == "uniform" else rate.at_chance(bound)
 
     def add_references(self, details: dict[str, Any]) -> None:
         """The same weights with attention, without adapter, without either; and which of these cannot be asked."""

@@ -23,6 +23,8 @@ _WINDOW = 100
 """Steps over which a training figure is averaged before it is compared."""
 _MEDIAN = 50
 """Steps whose median loss the last one is held against."""
+_LEARNT = 0.1
+"""Nats a token: a loss below, however often it doubles, is that of an answer that is known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +111,7 @@ def _too_good(e: Evidence) -> Iterator[Diagnosis]:
 def _leak_without_memory(e: Evidence) -> Iterator[Diagnosis]:
     hit = e.rates["needle_hit_rate"]
     token_wise = e.model("n_afrb") == 0 and e.model("disable_attn") is True and not e.model("enable_pvm")
-    if token_wise and not hit.at_chance(e.nulls.uniform):
+    if token_wise and not hit.at_uniform_chance(e.nulls.uniform):
         yield Diagnosis("H2", f"a model without attention and without memory finds {hit.hits} of {hit.n} tokens",
                         "a leak in task or evaluation: no figure of this setup counts")
 
@@ -130,7 +132,7 @@ def _diverging(e: Evidence) -> Iterator[Diagnosis]:
         return
     steps, loss = e.series("loss")
     lately = loss[steps > steps[-1] - _MEDIAN] if len(loss) else loss
-    if len(lately) and loss[-1] > 2 * float(np.median(lately)):
+    if len(lately) and loss[-1] > max(2 * float(np.median(lately)), _LEARNT):
         yield Diagnosis("D1", f"loss {loss[-1]:.3g} is above twice its median over {_MEDIAN} steps", remedy)
 
 

@@ -32,7 +32,7 @@ def decide(hit: Rate, nulls: Nulls, *, examples: int, shuffled: Rate | None, nul
         null_adapter: hit rate of the parameter-matched adapter without memory, trained alike; None: not measured.
     """
     told = f"{hit.value:.2%} of answer tokens ({hit.hits}/{hit.n}, 95% {hit.ci[0]:.2%} to {hit.ci[1]:.2%})"
-    if shuffled is not None and not shuffled.at_chance(nulls.uniform):
+    if shuffled is not None and not shuffled.at_uniform_chance(nulls.uniform):
         return Verdict("leak", f"Leak: with the needle replaced in the context the old one is still given in "
                        f"{shuffled.value:.2%} ({shuffled.hits}/{shuffled.n}); {told} is no retrieval.")
     if hit.ci[0] <= nulls.strongest:

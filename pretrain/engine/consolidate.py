@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -64,17 +65,24 @@ def weights_at(source: Path, key: str) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def load_initial_weights(model: PreTrainedModel, source: Path, *, partitioned: bool) -> None:
+def load_initial_weights(model: PreTrainedModel, source: Path, *, partitioned: bool,
+                         supplied: Callable[[str], bool] = lambda _name: False) -> frozenset[str]:
     """Copy weights, and nothing else, from an export, a checkpoint or a run into a built model (`train.init_from`).
 
-    Every parameter of the model must be there with its shape; what the model has no place for is told and left out.
-    Raises UserError naming the first that is not.
+    Every parameter of the model must be there with its shape, but for those that the family's hooks have `supplied`
+    another source for; their names are returned. What the model has no place for is told and left out.
+
+    Raises UserError naming the first that is not there.
     """
     from deepspeed.runtime.zero import GatheredParameters
     weights = weights_at(source, "train.init_from")
     tied = {id(p): name for name, p in model.named_parameters(remove_duplicate=False) if name in weights}
+    missing = set()
     for name, parameter in model.named_parameters():
         value = weights.get(tied.get(id(parameter), name))
+        if value is None and supplied(name):
+            missing.add(name)
+            continue
         if value is None:
             raise UserError(f"train.init_from: {source} holds no {name}: it is of another model")
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
@@ -92,3 +100,4 @@ def load_initial_weights(model: PreTrainedModel, source: Path, *, partitioned: b
         _log.warning("train.init_from: %s holds %d weights that this model has no place for, %s first; left out",
                      source, len(spare), spare[0])
     _log.info("weights taken from %s", source)
+    return frozenset(missing)

@@ -48,8 +48,10 @@ class TrainingView:
 class FamilyStartContext:
     """`EngineStartContext`: before DeepSpeed takes the model."""
 
-    def __init__(self, model: PreTrainedModel, world: World, partitioned: bool, data: TrainingData) -> None:
+    def __init__(self, model: PreTrainedModel, world: World, partitioned: bool, data: TrainingData,
+                 missing: frozenset[str] = frozenset()) -> None:
         self.model = model
+        self.missing = missing
         self.rank = world.rank
         self.world_size = world.size
         self.device = world.device

@@ -8,12 +8,14 @@ import torch
 def effective_rank(vectors: torch.Tensor) -> float:
     """exp of the entropy of the normalised singular values of the centred vectors [n, d]: 1 (a line) to min(n - 1, d).
 
-    Source: Roy and Vetterli, The effective rank (2007). NaN where all vectors are equal.
+    Source: Roy and Vetterli, The effective rank (2007). NaN where all vectors are equal, and where one is not finite.
     """
     centred = vectors.double() - vectors.double().mean(0)
+    if not bool(torch.isfinite(centred).all()):
+        return float("nan")
     values = torch.linalg.svdvals(centred)
     total = values.sum()
-    if not torch.isfinite(total) or total <= 1e-12 * max(1.0, float(vectors.double().norm())):
+    if total <= 1e-12 * max(1.0, float(vectors.double().norm())):
         return float("nan")
     shares = values / total
     return float(torch.exp(-torch.special.xlogy(shares, shares).sum()))

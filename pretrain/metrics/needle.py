@@ -43,6 +43,10 @@ class Rate:
         ci = clustered_proportion(sums, np.full(len(rows), rows.shape[1]), seed=seed)
         return cls(int(sums.sum()), rows.size, ci, len(rows), int((sums > 0).sum()))
 
+    def at_uniform_chance(self, probability: float) -> bool:
+        """As `at_chance`, where nothing of the answer is within reach: each hit is evidence of its own (spec, 19)."""
+        return self.hits < hits_needed(self.n, probability)
+
     def at_chance(self, probability: float) -> bool:
         """Whether guessing each trial right with `probability` does as well once in a thousand times.
 

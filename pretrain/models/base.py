@@ -84,6 +84,8 @@ class EngineStartContext(Protocol):
     rank: int
     world_size: int
     device: torch.device
+    missing: frozenset[str]
+    """Parameters that `Hooks.supplies` and that `train.init_from` does not have."""
 
     def train_samples(self, n: int) -> Any:
         """The first `n` training samples of the global order as a Batch; the cursor does not move."""
@@ -126,6 +128,10 @@ class Hooks:
 
     def before_engine(self, ctx: EngineStartContext) -> None:
         """Fresh runs only, on all ranks, before the engine starts (calibration, say)."""
+
+    def supplies(self, name: str) -> bool:
+        """Whether `before_engine` fills this parameter where `train.init_from` does not have it."""
+        return False
 
     def measured(self) -> dict[str, float]:
         """What `before_engine` found, for the first row of the metrics."""

@@ -45,7 +45,8 @@ def linear_recurrence(inputs: Tensor, decay: Tensor | float, *, initial: Tensor 
         decay: a; one number for all, [B, T] a factor a token, [D] one a channel, [B, T, D] one a token and channel
             (content-dependent decay, say). Any finite values; |a| <= 1 keeps states bounded.
         initial: m_{-1}, [B, D]; None: zero.
-        resets: [B, T] True where a document begins: nothing from before reaches it, `initial` neither.
+        resets: [B, T] True at the first token of a document: nothing from before reaches it, `initial` neither.
+            Padding is no token: there a reset counts for nothing.
         mask: [B, T] 0 or False at padding, which neither writes nor decays: its state is that of the token before.
         chunk: tokens a chunk; None takes about sqrt(T).
         group: the sequence lies in consecutive parts on the ranks of this group, and everything above is this rank's

@@ -91,13 +91,36 @@ def test_what_cannot_be_embedded_is_told_in_one_line(bert: Path, arguments: list
 
 
 def test_texts_are_read_from_lines_and_columns(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("one\n\ntwo\n")
+    (tmp_path / "a.txt").write_text("one\ntwo\n\n")
+    (tmp_path / "d.tsv").write_text('id\ttext\n1\tone\n2\ttwo\n')
     (tmp_path / "b.csv").write_text('id,text\n1,"one"\n2,two\n')
     (tmp_path / "c.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
-    for name in ("a.txt", "b.csv", "c.jsonl"):
+    for name in ("a.txt", "b.csv", "c.jsonl", "d.tsv"):
         assert read_texts(tmp_path / name, "text") == ["one", "two"]
     with pytest.raises(UserError, match=r'b\.csv:2: has no text in "body"; it has id, text'):
         read_texts(tmp_path / "b.csv", "body")
+
+
+def test_a_text_is_neither_lost_nor_made_up(tmp_path: Path) -> None:
+    """Vector i belongs to line i: a quote in a .tsv is a character, a long field a field, nothing is passed over."""
+    datasets = pytest.importorskip("datasets")
+    (tmp_path / "q.tsv").write_text('text\n"unclosed\nsecond\nthird"\n')
+    assert read_texts(tmp_path / "q.tsv", "text") == ['"unclosed', "second", 'third"']
+    (tmp_path / "long.csv").write_text("text\n" + "x" * 200_000 + "\n")
+    assert len(read_texts(tmp_path / "long.csv", "text")[0]) == 200_000
+    datasets.Dataset.from_dict({"text": ["one", None]}).to_parquet(tmp_path / "null.parquet")
+    wrong: dict[str, tuple[bytes, str]] = {
+        "blank.txt": (b"one\n\ntwo\n", r"blank\.txt:2: is empty"),
+        "bytes.txt": (b"one\n\xff\xfe\n", r"bytes\.txt: cannot be read"),
+        "broken.jsonl": (b'{"text": "one"}\n{"text": \n', r"broken\.jsonl:2: no JSON"),
+        "open.csv": (b'text\n"one\ntwo\n', r"open\.csv:3: unexpected end"),
+        "short.csv": (b"id,text\n1,one\n2\n", r'short\.csv:3: has no text in "text"'),
+        "cut.jsonl.gz": (b"\x1f\x8b\x08\x00", r"cut\.jsonl\.gz: cannot be read"),
+        "null.parquet": ((tmp_path / "null.parquet").read_bytes(), r"null\.parquet, row 1: has no text")}
+    for name, (content, told) in wrong.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=told):
+            read_texts(tmp_path / name, "text")
 
 
 def test_sts_has_a_row_a_head_and_its_results_name_the_data(bert: Path, tmp_path: Path) -> None:

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+import math
+import random
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from evaluation.bm25 import bm25_search, words
-from evaluation.embedding import Cut, collapse, retention, retrieval, sts
+from evaluation.embedding import Cut, Ranking, collapse, retention, retrieval, sts
 from evaluation.embedding_data import ScoredPairs, read_beir, read_scored_pairs
 from evaluation.vectors import Alone, Rows, encode, pad, shorten
 from pretrain.engine.evaluator import Metric
 from pretrain.errors import UserError
+from pretrain.metrics.collapse import effective_rank, mean_cosine
 from pretrain.models.base import EncoderOutput
 
 
@@ -167,7 +171,57 @@ def test_bm25_weighs_rare_words_and_cuts_identifiers() -> None:
     assert words("getHTTPResponse_v2 naïve x1") == ["get", "http", "response", "v", "2", "naïve", "x", "1"]
     passages = ["def getHTTPResponse(url): return fetch(url)", "return the value of the url", "the the the value"]
     assert bm25_search(["http response", "value"], passages, 1) == [[0], [2]]
-    assert bm25_search(["unknown"], passages, 3) == [[0, 1, 2]]
+    assert bm25_search(["unknown", "value"], passages, 3) == [[], [2, 1]], "what shares no word is not found"
+    assert bm25_search(["value"], ["!!", "??"], 3) == [[]]
+
+
+def by_definition(query: str, passages: list[str], k1: float, b: float) -> np.ndarray:
+    """Scores of the passages by Robertson's formula."""
+    split = [words(text) for text in passages]
+    mean = sum(map(len, split)) / len(split)
+    scores = np.zeros(len(split))
+    for word in words(query):
+        known = sum(word in text for text in split)
+        rarity = math.log(1 + (len(split) - known + 0.5) / (known + 0.5))
+        counts = np.array([text.count(word) for text in split])
+        lengths = np.array([len(text) for text in split])
+        scores += rarity * counts / (counts + k1 * (1 - b + b * lengths / mean))
+    return scores
+
+
+def test_bm25_is_robertson_s_with_k1_1_2_and_b_three_quarters() -> None:
+    draw = random.Random(0)
+    known = [f"{a}{b}" for a in "bcdfgh" for b in "aeiou"]
+    passages = [" ".join(draw.choices(known, k=draw.randrange(3, 60))) for _ in range(60)]
+    queries = [" ".join(draw.choices(known, k=4)) for _ in range(20)]
+    found = bm25_search(queries, passages, len(passages))
+    for (k1, b), right in {(1.2, 0.75): True, (0.9, 0.75): False, (1.2, 0.4): False}.items():
+        scores = [by_definition(query, passages, k1, b) for query in queries]
+        assert [len(ranked) for ranked in found] == [int((each > 0).sum()) for each in scores]
+        rises = max(np.diff(each[ranked]).max() for each, ranked in zip(scores, found, strict=True))
+        assert bool(rises < 1e-5) is right, (k1, b, rises)
+
+
+def test_a_query_does_not_find_itself() -> None:
+    """As in BEIR, whose sets of duplicates hold the queries among the passages."""
+    ranking = Ranking([[0, 1, 2], [1, 0, 2], [2, 1, 0]], [{1: 1.0}, {1: 1.0}, {0: 1.0}])
+    assert ranking.without([0, 1, None]).ranked == [[1, 2], [1, 0, 2], [2, 1, 0]]
+
+    def on_an_arc(rows: Rows, heads: Sequence[str] | None) -> dict[str, torch.Tensor]:
+        angles = torch.tensor([row[0] ** 2 * 1e-3 for row in rows])  # the one before is nearer than the next
+        return {"arc": torch.stack([angles.cos(), angles.sin()], 1)}
+
+    texts = [[i] for i in range(20)]
+    before: list[dict[int, float]] = [{i - 1: 1.0} for i in range(1, 20)]
+    for own, rank in ((None, 2), (list(range(1, 20)), 1)):
+        found = retrieval(on_an_arc, texts[1:], texts, before, own=own)
+        assert found["retrieval/arc/mrr@10"].value == 1 / rank
+
+
+def test_vectors_that_are_no_numbers_are_told_and_not_fatal() -> None:
+    vectors = torch.randn(8, 4)
+    vectors[3, 2] = float("nan")
+    assert math.isnan(effective_rank(vectors)) and math.isnan(mean_cosine(vectors))
 
 
 @pytest.mark.parametrize(("name", "text"), [
@@ -195,6 +249,13 @@ def test_a_row_without_a_score_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("one,two,1\nthree,four,high\n")
     with pytest.raises(UserError, match=r"a\.csv:2: .*three"):
         read_scored_pairs(tmp_path / "a.csv")
+    for wrong in ("one,two,1\nthree,four,nan\n", "one,two,1\nthree,four,inf\n", "one,two,1\nthree,four\n"):
+        (tmp_path / "a.csv").write_text(wrong)
+        with pytest.raises(UserError, match=r"a\.csv:2: is no row"):
+            read_scored_pairs(tmp_path / "a.csv")
+    (tmp_path / "a.csv").write_bytes(b"one,two,1\n\xff\xfe,four,2\n")
+    with pytest.raises(UserError, match=r"a\.csv: cannot be read"):
+        read_scored_pairs(tmp_path / "a.csv")
 
 
 def test_a_beir_folder_keeps_its_whole_corpus(tmp_path: Path) -> None:
@@ -208,4 +269,9 @@ def test_a_beir_folder_keeps_its_whole_corpus(tmp_path: Path) -> None:
     assert found.passages[3] == "T text 3"
     (tmp_path / "qrels/test.tsv").write_text("query-id\tcorpus-id\tscore\nq2\td9\t2\n")
     with pytest.raises(UserError, match=r"test\.tsv:2"):
+        read_beir(tmp_path)
+    (tmp_path / "qrels/test.tsv").write_text("q2\td3\t2\n")
+    assert read_beir(tmp_path).relevant == [{3: 2.0}], "without a header no line is lost"
+    (tmp_path / "queries.jsonl").write_text('{"_id": "q2", "text": "first"}\n{"_id": "q2", "text": "second"}\n')
+    with pytest.raises(UserError, match=r"queries\.jsonl:2: _id 'q2' stands in an earlier line"):
         read_beir(tmp_path)

@@ -173,6 +173,7 @@ def test_a_collapsed_model_is_told_and_a_healthy_one_is_not(config: RunConfig) -
     assert told(healthy) == []
     assert [line.split()[2] for line in told(sick)] == list(sick)
     assert told({"val/mean_cosine": 0.81})[0].startswith("step 1250: val/mean_cosine 0.81 is above 0.8:")
+    assert told({"val/mean_cosine": float("nan")})[0].startswith("step 1250: val/mean_cosine nan is no number:")
     view.step = 1249
     assert told(sick) == []
 

@@ -57,8 +57,18 @@ def test_many_hits_in_one_example_are_one_piece_of_evidence():
     wandering = Rate.of(np.arange(200)[:, None] * np.ones(16) < 2)
     assert wandering.hits == 32
     assert wandering.examples_hit == 2
-    assert wandering.at_chance(NULLS.uniform)
-    assert not rate(32 / 3200).at_chance(NULLS.uniform)
+    assert wandering.at_chance(NULLS.context_bag)
+    assert not Rate.of(np.arange(200)[:, None] * np.ones(16) < 6).at_chance(NULLS.context_bag)
+
+
+def test_one_whole_needle_out_of_nothing_is_a_leak():
+    """With other ids in its place nothing of it is left to wander into."""
+    one = Rate.of(np.arange(200)[:, None] * np.ones(16) < 1)
+    assert one.at_chance(NULLS.uniform)
+    assert not one.at_uniform_chance(NULLS.uniform)
+    assert rate(2 / 3200).at_uniform_chance(NULLS.uniform)
+    assert not rate(3 / 3200).at_uniform_chance(NULLS.uniform)
+    assert decide(rate(0.99), NULLS, examples=200, shuffled=one, null_adapter=NONE).outcome == "leak"
 
 
 def test_needles_found_whole_are_no_chance_however_many_examples_chance_would_hit():

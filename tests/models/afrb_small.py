@@ -71,10 +71,10 @@ def build(mode="adapter with attention", backbone="llama", ctx=None, **changes):
     return FAMILY.build(config(mode, backbone, **changes), ctx or BuildContext(seed=1)).eval()
 
 
-def hooks(mode="trace", **changes):
+def hooks(mode="trace", init_from=None, **changes):
     """Hooks of a run of this model."""
     return FAMILY.hooks(RunConfig.model_validate({
-        "model": config(mode, **changes).model_dump(by_alias=True), "objective": {"name": "causal_lm"},
+        "model": config(mode, **changes).model_dump(by_alias=True), "train": {"init_from": init_from}, "objective": {"name": "causal_lm"},
         "data": {"seq_len": T, "source": {"kind": "synthetic", "vocab_size": V}}}))
 
 
@@ -103,8 +103,8 @@ class Alone:
 
     rank, world_size, device = 0, 1, torch.device("cpu")
 
-    def __init__(self, model=None, rows=4):
-        self.model, self.rows = model, rows
+    def __init__(self, model=None, rows=4, missing=frozenset()):
+        self.model, self.rows, self.missing = model, rows, missing
 
     def train_samples(self, n):
         ids = tokens(n, T + 1, seed=11)

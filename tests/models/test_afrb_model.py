@@ -287,6 +287,10 @@ def test_switches_of_ablations():
             assert not torch.allclose(off, empty), "what a block takes in of its memory is part of the memory"
             block.kappa.change.data.fill_(-1000.0)
         close(logits(model, ids, controls={"readout_off": 1.0}), empty)
+    unread = open_up(build("memory not read"))
+    assert unread.evaluation_controls == {"memory_zero"}, "its block takes it in all the same"
+    assert not torch.allclose(logits(unread, ids, controls={"memory_zero": 1.0}), logits(unread, ids))
+    assert build().evaluation_controls == frozenset()
     stepped = open_up(build("matrix, stepped head"))
     moving, still = logits(stepped, ids), logits(stepped, ids, controls={"phase_freeze": 1.0})
     close(moving[:, 0], still[:, 0])

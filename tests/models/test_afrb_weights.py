@@ -12,12 +12,15 @@ from transformers import (
     BertModel,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
 )
 
+from pretrain.engine.consolidate import load_initial_weights
 from pretrain.errors import UserError
 from pretrain.models.afrb.inject import get_pvm_readout, inject_afrb_adapters
 from pretrain.models.afrb.weights import load_backbone
@@ -38,11 +41,14 @@ def native(kind):
     if kind.startswith("mistral"):
         window = 7 if kind == "mistral, window" else None
         return MistralForCausalLM(MistralConfig(**HF, sliding_window=window)).eval()
+    if kind == "gpt_neo":
+        return GPTNeoForCausalLM(GPTNeoConfig(**{key: value for key, value in BACKBONES[kind].items()
+                                                 if key != "model_type"})).eval()
     return GPT2LMHeadModel(GPT2Config(vocab_size=V, n_embd=32, n_layer=2, n_head=4, n_positions=64,
                                       initializer_range=0.1)).eval()
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gpt2", "gpt_neo"])
 @pytest.mark.parametrize("disable_attn", [False, True])
 def test_weights_come_from_a_hugging_face_folder(kind, disable_attn, tmp_path):
     source = native(kind)
@@ -89,6 +95,34 @@ def test_weights_come_from_exports_of_this_stack(tmp_path):
         torch.testing.assert_close(model(ids, return_logits=True).logits, want, rtol=1e-4, atol=1e-5)
 
 
+def test_attention_that_training_went_without_comes_back_with_the_backbone(tmp_path):
+    """A run without attention goes on with it: what that run holds is taken, the rest are the backbone's weights."""
+    native("llama").save_pretrained(tmp_path / "backbone")
+    there = {"hf_config": {**BACKBONES["llama"], "rope_parameters": ROPE}, "weights": str(tmp_path / "backbone")}
+    first = build({"disable_attn": True, "backbone": there})
+    open_up(first)
+    first.save_pretrained(tmp_path / "first")
+    for weights in (there["weights"], None):
+        section = {"disable_attn": False, "backbone": {**there, "weights": weights}}
+        second = build(section)
+        around = hooks(section, init_from=str(tmp_path / "first"))
+        if weights is None:
+            with pytest.raises(UserError, match=r"holds no backbone.native.model.layers.0.self_attn"):
+                load_initial_weights(second, tmp_path / "first", partitioned=False, supplied=around.supplies)
+            continue
+        missing = load_initial_weights(second, tmp_path / "first", partitioned=False, supplied=around.supplies)
+        assert missing == second.state_dict().keys() - first.state_dict().keys()
+        with torch.no_grad():
+            second.backbone.native.model.norm.weight.fill_(3.0)  # held by the first: not to be read again
+        around.before_engine(Alone(second, missing=missing))
+        for name, value in second.state_dict().items():
+            if name in missing:
+                assert torch.equal(value, native("llama").state_dict()[name.removeprefix("backbone.native.")])
+            elif not name.endswith("model.norm.weight"):
+                assert torch.equal(value, first.state_dict()[name]), name
+        assert float(second.backbone.native.model.norm.weight.detach().mean()) == 3.0
+
+
 def test_folders_that_do_not_fit_are_named(tmp_path):
     model = build()
     with pytest.raises(UserError, match=r"model.backbone.weights: .* is no folder"):
@@ -120,7 +154,7 @@ def test_the_hooks_read_weights_of_fresh_runs_only(tmp_path):
         assert torch.equal(model.get_input_embeddings().weight, source.get_input_embeddings().weight) == equal
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral", "mistral, window", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "mistral, window", "gpt2", "gpt_neo"])
 def test_adapters_in_a_model_that_is_there(kind):
     """The wrapped model starts as the given one, on the same weights; readouts come back with their state."""
     source = native(kind)

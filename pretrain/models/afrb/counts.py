@@ -108,8 +108,8 @@ def activation_bytes(cfg: AFRBConfig, seq_len: int, scored: int, *, element_byte
         return memory
     layer, block = _layer_bytes(cfg, element_bytes), _block_bytes(cfg, element_bytes)
     mask = 0 if cfg.disable_attn else seq_len * element_bytes
-    # Without attention only scored tokens go through the layers, unless a vector readout looks back at the others.
-    passing = scored / seq_len if cfg.disable_attn and (cfg.matrix or cfg.readout_from != "pvm") else 1.0
+    # Without attention only scored tokens go through the layers, unless a readout looks back at the others.
+    passing = scored / seq_len if cfg.disable_attn and not cfg.looks_back else 1.0
     last = _norm_bytes(cfg, element_bytes)
     if cfg.backbone.trained:  # the last norm's scale and the output table
         last += element_bytes * cfg.hidden_size * (2 if cfg.backbone.body == "llama" else 1)

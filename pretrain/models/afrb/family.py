@@ -88,8 +88,9 @@ class AFRBHooks(Hooks):
         """Everything of a model that comes neither from a seed nor from training."""
         model = ctx.model
         assert isinstance(model, AFRBForCausalLM)
-        if self.cfg.backbone.weights and self.fresh:
-            count = load_backbone(model, Path(self.cfg.backbone.weights), ctx.full_parameter)
+        if self.cfg.backbone.weights and (self.fresh or ctx.missing):
+            count = load_backbone(model, Path(self.cfg.backbone.weights), ctx.full_parameter,
+                                  only=None if self.fresh else ctx.missing)
             _log.info("backbone: %d tensors from %s", count, self.cfg.backbone.weights)
         if self.cfg.readout_from == "none":
             return
@@ -107,6 +108,10 @@ class AFRBHooks(Hooks):
                 _log.warning("[DIAG:K1] R2 of %.4f on held-out pairs | calibration carries no information",
                              self.fit.r2_heldout)
         model.train(was_training)
+
+    def supplies(self, name: str) -> bool:
+        """Attention that the run of `train.init_from` was trained without comes from the backbone's own weights."""
+        return self.cfg.backbone.weights is not None and name.startswith("backbone.")
 
     def measured(self) -> dict[str, float]:
         """The fit of the readout map."""

@@ -111,10 +111,11 @@ class AFRBForCausalLM(PreTrainedModel, GenerationMixin):
     @property
     def evaluation_controls(self) -> frozenset[str]:
         """Ablations among forward's controls that mean something on this model."""
-        if self.memory is None and self.readout is None:
-            return frozenset()
+        read = self.memory is not None or self.readout is not None
         steps = self.memory is not None and self.schema.pvm_read == "step"
-        return frozenset({"readout_off", "memory_zero", *(["phase_freeze"] if steps else [])})
+        known = {"readout_off": read, "phase_freeze": steps,
+                 "memory_zero": read or (self.schema.vector_pvm and self.schema.n_afrb > 0)}
+        return frozenset(name for name, means_something in known.items() if means_something)
 
     def get_output_embeddings(self) -> OutputTable:
         """The backbone's output table."""
@@ -160,8 +161,7 @@ class AFRBForCausalLM(PreTrainedModel, GenerationMixin):
         blocks = self._adapt(embeddings, tokens, controls, state, measure=diagnostics)
         adapted = blocks[-1].hidden if blocks else embeddings
         rows = self._rows(input_ids, readout_positions, labels, return_logits, logits_to_keep)
-        # A vector readout looks back at hidden states, and diagnostics look at all of them.
-        whole = self.readout is not None or diagnostics
+        whole = self.schema.looks_back or diagnostics
         hidden, cache = self.backbone(adapted, tokens, masked_ids, attention_mask,
                                       None if state is None else state.backbone, use_cache, None if whole else rows)
         said = self._say(input_ids, hidden, blocks, tokens, rows, controls, state, keep_state=use_cache,

@@ -281,6 +281,11 @@ class AFRBConfig(ModelConfig):
         """Whether a vector readout makes its query by a learned map; one of the last state asks nothing."""
         return self.needle_query_mode == "learned" and self.readout_mode != "state"
 
+    @property
+    def looks_back(self) -> bool:
+        """Whether what is read at a token depends on hidden states of tokens before it."""
+        return self.vector_pvm and self.readout_from == "pvm" and self.readout_mode != "state"
+
     def notes(self) -> list[str]:
         """What is accepted and changes nothing, one line each."""
         found = [f"model.{key}: {why}; ignored" for key, why in _IGNORED.items() if getattr(self, key)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import torch
@@ -19,19 +19,22 @@ _OWN = "backbone.native."
 Write = Callable[[str, Tensor], object]
 
 
-def load_backbone(model: AFRBForCausalLM, folder: Path, write: Write | None = None) -> int:
+def load_backbone(model: AFRBForCausalLM, folder: Path, write: Write | None = None, *,
+                  only: Collection[str] | None = None) -> int:
     """Fill the backbone from `folder`; attention weights that were taken out are passed over. Returns tensors read.
 
     Args:
         model: its backbone is filled.
         folder: one or more .safetensors files.
         write: (name, value) sets a parameter of the model; None: in place.
+        only: names of the model's parameters to be filled; None: all of the backbone.
 
     Raises:
         UserError: nothing to read, a weight is missing, or has another shape.
     """
     source = _Source(folder)
-    parameters = dict(model.backbone.native.named_parameters())
+    parameters = {name: parameter for name, parameter in model.backbone.native.named_parameters()
+                  if only is None or _OWN + name in only}
     tied = _tied(model.backbone.native)
     for name, parameter in parameters.items():
         value = next((found for alias in tied.get(name, [name]) if (found := source.read(alias)) is not None), None)

@@ -36,10 +36,15 @@ def _attention_flops(cfg: SpectraConfig, length: int) -> int:
 def _head_flops(cfg: SpectraConfig) -> int:
     """A text."""
     h, am, s = cfg.hidden_size, cfg.anomalous_dim, cfg.spectral_dim
-    width = cfg.sem_dims[0] * cfg.enable_semantic + cfg.ent_dims[0] * cfg.enable_entity
-    width += cfg.anchor_dim * cfg.enable_anchor64
+    width = _vector_widths(cfg)
     ranking = 2 * h * h + 2 * h * am + am * s + s * s + cfg.anomaly_basis * am + cfg.ranking_dim * (am + s)
     return 2 * (width * h + h * h + h * cfg.retrieval_dim + ranking)
+
+
+def _vector_widths(cfg: SpectraConfig) -> int:
+    """Coordinates of the heads that can be switched off, those that are on."""
+    return (cfg.sem_dims[0] * cfg.enable_semantic + cfg.ent_dims[0] * cfg.enable_entity
+            + cfg.anchor_dim * cfg.enable_anchor64)
 
 
 def activation_bytes_per_token(cfg: SpectraConfig, length: int, *, element_bytes: int, checkpointing: bool) -> float:
@@ -72,5 +77,5 @@ def _outer_bytes(cfg: SpectraConfig, length: int, element: int) -> float:
     h, am, s = cfg.hidden_size, cfg.anomalous_dim, cfg.spectral_dim
     if cfg.task == "masked_lm":
         return element * 5 * h
-    vectors = cfg.sem_dims[0] + cfg.ent_dims[0] + cfg.anchor_dim + cfg.retrieval_dim + cfg.ranking_dim
+    vectors = _vector_widths(cfg) + cfg.retrieval_dim + cfg.ranking_dim
     return element * (h + (4 * am + 3 * s + 9 * h + 2 * vectors) / length)
