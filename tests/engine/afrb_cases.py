@@ -65,9 +65,11 @@ MODELS: dict[str, dict[str, Any]] = {
     "vector": {"family": "afrb", "backbone": {"hf_config": GPT2}, "n_afrb": 2, "enable_pvm": True, "disable_attn": True,
                "adaptive_omega": True, "layerscale_init": 0.1, "kiss_ridge_calib": True, "kiss_ridge_max_pairs": 64,
                "kiss_ridge_unfreeze_step": 2, "block_ramp": 2},
-    # Attention kept, a memory of tokens with a write gate, its scale measured before the first step.
+    # Attention kept, a memory of tokens with a write gate of learned marks and addresses of learned taps, corrected by
+    # what it holds, its scale measured before the first step.
     "matrix": {"family": "afrb", "backbone": {"hf_config": LLAMA}, "enable_pvm": True, "pvm_memory": "matrix",
-               "pvm_dk": 16, "pvm_dv": 8, "pvm_write_gate": True, "layerscale_init": 0.1},
+               "pvm_dk": 16, "pvm_dv": 8, "pvm_write_gate": True, "pvm_gate_marks": 4, "pvm_phase_clock": "learned",
+               "pvm_rule": "delta", "layerscale_init": 0.1},
 }
 NEEDLES = {"seq_len": 41, "source": {"kind": "needle", "vocab_size": 96, "ctx_chunks": 2, "ctx_chunk_len": 16,
                                      "needle_len": 4, "needle_marker": "key", "pool_margin": 8}}

@@ -210,8 +210,7 @@ class MatrixMemory(nn.Module):
             address, asked = self._addresses(embedded, tokens, None if state is None else state.embedded)
             features = self._features(address)
             keys = self._keys(features, tokens, state)
-            seen = None if self.gate is None else self.gate.channels(u)
-            values, share = self._values(output_rows), self._share(seen, tokens, state, u.dtype)
+            values, (share, seen) = self._values(output_rows), self._share(u, tokens, state)
             if share is not None and self.cfg.pvm_rule != "delta":
                 values = values * share
             first = None if state is None else state.matrix
@@ -293,16 +292,15 @@ class MatrixMemory(nn.Module):
         rows = self.output_rows(output_rows)
         return (self._unit(rows) if self.cfg.pvm_row_norm else rows) @ self.value.to(rows.dtype).T
 
-    def _share(self, seen: Tensor | None, tokens: Tokens, state: MatrixState | None, dtype: torch.dtype
-               ) -> Tensor | None:
-        """How much of each token is written [B, T, 1], 0 at padding; None: all of every one.
+    def _share(self, u: Tensor, tokens: Tokens, state: MatrixState | None) -> tuple[Tensor | None, Tensor | None]:
+        """(how much of each token is written [B, T, 1], 0 at padding; None: all of every one; the gate's channels).
 
         The delta rule takes it as a rate: of what is missing. A token that is not written then erases nothing.
         """
         if self.gate is None:
-            return None if tokens.real is None else tokens.real[..., None].to(dtype)
-        share = self.gate(seen, tokens, None if state is None else state.gate_inputs)
-        return share if tokens.real is None else share.masked_fill(~tokens.real[..., None], 0)
+            return None if tokens.real is None else tokens.real[..., None].to(u.dtype), None
+        share, seen = self.gate(u, tokens, None if state is None else state.gate_inputs)
+        return share if tokens.real is None else share.masked_fill(~tokens.real[..., None], 0), seen
 
     def _read_head(self, asked: Tensor, tokens: Tokens, rows: Tensor | None, state: MatrixState | None,
                    frozen: float) -> ReadHead:

@@ -152,12 +152,9 @@ class WriteGate(nn.Module):
         nn.init.normal_(self.conv, std=self.taps ** -0.5)
         nn.init.normal_(self.weight, std=len(self.weight) ** -0.5)
 
-    def channels(self, x: Tensor) -> Tensor:
-        """[B, T, C] of x [B, T, D]: what the convolution runs over, and what a state keeps of the last tokens."""
-        return x if self.marks is None else nn.functional.gelu(x @ self.marks.to(x.dtype).T)
-
-    def forward(self, channels: Tensor, tokens: Tokens, before: Tensor | None) -> Tensor:
-        """[B, T, 1] of channels [B, T, C]; `before` [B, k-1, C] are those of the tokens before."""
-        mixed = causal_taps(channels, self.conv.to(channels.dtype), before=before, reach=tokens.reach)
-        logits = nn.functional.gelu(mixed) @ self.weight.to(channels.dtype)[:, None]
-        return torch.sigmoid(logits + self.bias().to(channels.dtype))
+    def forward(self, x: Tensor, tokens: Tokens, before: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(g [B, T, 1], channels [B, T, C]) of x [B, T, D]; `before` [B, k-1, C] are those of the tokens before."""
+        channels = x if self.marks is None else nn.functional.gelu(x @ self.marks.to(x.dtype).T)
+        mixed = causal_taps(channels, self.conv.to(x.dtype), before=before, reach=tokens.reach)
+        logits = nn.functional.gelu(mixed) @ self.weight.to(x.dtype)[:, None]
+        return torch.sigmoid(logits + self.bias().to(x.dtype)), channels

@@ -58,8 +58,10 @@ class VectorMemory(nn.Module):
             angles = time * self.turn.to(time.dtype)
         v = values.float()
         before = None if state is None else state.gate_inputs
-        seen = None if self.gate is None else self.gate.channels(v)
-        gated = v if self.gate is None else v * self.gate(seen, tokens, before)
+        gated, seen = v, None
+        if self.gate is not None:
+            share, seen = self.gate(v, tokens, before)
+            gated = v * share
         turned = rotate(gated, angles) if self.cfg.pvm_order == "rotate_then_accumulate" else gated
         written = self.cfg.pvm_alpha * self.scale_in() * turned
         decay = self._decay(tokens.positions).expand(v.shape[:2])
