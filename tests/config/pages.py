@@ -23,9 +23,9 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 
 def rows(page: str, section: str) -> list[list[str]]:
-    """Cells of the first table of a section."""
+    """Cells of the tables of a section, without the first one's head."""
     text = page.split(f"\n## {section}\n")[1].split("\n## ")[0]
-    lines = [line for line in text.splitlines() if line.startswith("|")]
+    lines = [line.strip() for line in text.splitlines() if line.strip().startswith("|")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 

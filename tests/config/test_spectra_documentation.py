@@ -125,7 +125,51 @@ def test_figures_of_the_machinery_are_those_of_the_benchmarks():
             for texts in ("ragged", "one length")]
     wanted = [f"{peer[0]:.2f} (texts of many lengths), {peer[1]:.2f} (of one length)",
               f"{step['cached step over uncached']['ratio']['median']:.2f}",
-              f"{peaks[0]:.0f}, {peaks[1]:.0f} (1,024), {peaks[2]:.0f} MiB above a step of one chunk",
+              f"{peaks[0]:.0f}, {peaks[1]:.0f} (1,024), **{peaks[2]:.0f} MiB** above the built model: flat to 1,024, then "
+              "vectors of all texts show",
               f"{scale['build spectra-m1b']['peak over share']:.2f}",
               f"3 updates, loss {losses}; estimate over peak {scale['train spectra-m456']['ratio']:.2f}"]
     assert [cells[1] for cells in rows("What was measured")][:5] == wanted
+
+
+def results(name: str) -> dict:
+    return json.loads((DOCS / "results" / "code-search" / f"{name}.json").read_text())
+
+
+def test_figures_of_code_search_are_those_of_their_files():
+    table = {cells[0]: cells[1:] for cells in rows("Searching code by what it does")}
+    trained, once = results("two-parts"), results("long-42")["metrics"]
+    for head in ("semantic_768", "anchor_64", "ranking_1536"):
+        found = trained["test"][head]
+        assert table[f"trained, `{head}`"] == [
+            f"{found['value']:.3f} ({found['ci'][0]:.3f} to {found['ci'][1]:.3f})",
+            ", ".join(f"{value:.3f}" for value in found["by_seed"].values())]
+    for row, name in (("all-MiniLM-L6-v2, 256 tokens", "all-MiniLM-L6-v2"), ("untrained, `semantic_768`", "untrained"),
+                      ("BM25, k1 1.2, b 0.75, identifiers parted", "BM25")):
+        found = once[f"retrieval/{name}/ndcg@10"]
+        assert table[row][0] == f"{found['value']:.3f} ({found['ci'][0]:.3f} to {found['ci'][1]:.3f})"
+    runs = trained["training"].values()
+    places = ("100", "500", "1000", "1100", "1500", "2000")
+
+    def mean(part: str, kind: str, at: str, name: str) -> float:
+        return sum(run[part][kind][at][name] for run in runs) / len(runs)
+
+    assert table["training loss"] == [*(f"{mean('short', 'losses', at, 'loss'):.2f}" for at in places),
+                                      f"{mean('long', 'losses', '200', 'loss'):.2f}"]
+    for row, name, digits in (("validation loss", "val/loss", 2), ("NDCG@10", "val/ndcg@10", 3)):
+        values = [mean("short", "evaluations", "1000", name), mean("short", "evaluations", "2000", name),
+                  mean("long", "evaluations", "250", name)]
+        told = [cell.strip("()") for cell in table[row] if cell]
+        assert told == [f"{value:.{digits}f}" for value in values]
+
+
+def test_ablations_on_the_page_are_those_of_the_sweep():
+    cells = {(cell["row"], cell["metric"]): cell for cell in results("ablations")["cells"]}
+    table = {row[0]: row[1:] for row in rows("What the claims are worth")}
+    for name, label in (("no-spectral", "spectral branch"), ("no-anchor", "anchor head"), ("no-bridge", "bridge"),
+                        ("no-matryoshka", "alignment of widths"), ("minimal", "all four")):
+        for told, metric in zip(table[label], ("val/ndcg@10", "val/recall@10", "sts/semantic_768/spearman"),
+                                strict=False):
+            cell = cells[name, metric]
+            low, high = cell["interval"]
+            assert told == f"{100 * cell['difference']:+.2f} ({100 * low:+.2f} to {100 * high:+.2f})"

@@ -130,7 +130,9 @@ def test_sts_has_a_row_a_head_and_its_results_name_the_data(bert: Path, tmp_path
     assert results.dataset["pairs"] == 4
 
 
-def test_retrieval_in_a_beir_folder_stands_beside_bm25(bert: Path, tmp_path: Path) -> None:
+def test_retrieval_in_a_beir_folder_stands_beside_bm25_and_a_reference(
+        bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedding_eval, "minilm_folder", lambda: bert)
     (tmp_path / "qrels").mkdir()
     passages = [f"w{i} w{i + 1} w{i + 2}" for i in range(40)]
     (tmp_path / "corpus.jsonl").write_text("".join(
@@ -142,6 +144,9 @@ def test_retrieval_in_a_beir_folder_stands_beside_bm25(bert: Path, tmp_path: Pat
     results = evaluate_retrieval(open_target(str(bert)), Request(data=tmp_path, baselines=True), ["x"])
     assert results.metrics["retrieval/mean/recall@1"].value == 1.0  # the very same text
     assert results.metrics["retrieval/BM25/ndcg@10"].value == 1.0
+    own, theirs = (results.metrics[f"retrieval/{name}/ndcg@10"] for name in ("mean", "all-MiniLM-L6-v2"))
+    assert own == theirs, "here the reference is the model itself"
+    assert results.details["max_length_of_references"] == {"all-MiniLM-L6-v2": 64}
     counted = f", {results.dataset['queries']} queries, {results.dataset['passages']} passages, fp32"
     assert str(vectors_table(results).title).endswith(counted)
     assert (results.dataset["queries"], results.dataset["passages"]) == (10, 40)
