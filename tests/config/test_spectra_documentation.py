@@ -125,8 +125,8 @@ def test_figures_of_the_machinery_are_those_of_the_benchmarks():
             for texts in ("ragged", "one length")]
     wanted = [f"{peer[0]:.2f} (texts of many lengths), {peer[1]:.2f} (of one length)",
               f"{step['cached step over uncached']['ratio']['median']:.2f}",
-              f"{peaks[0]:.0f}, {peaks[1]:.0f} (1,024), **{peaks[2]:.0f} MiB** above the built model: flat to 1,024, then "
-              "vectors of all texts show",
+              f"{peaks[0]:.0f}, {peaks[1]:.0f} (1,024), **{peaks[2]:.0f} MiB** above the built model: flat to 1,024, "
+              "then vectors of all texts show",
               f"{scale['build spectra-m1b']['peak over share']:.2f}",
               f"3 updates, loss {losses}; estimate over peak {scale['train spectra-m456']['ratio']:.2f}"]
     assert [cells[1] for cells in rows("What was measured")][:5] == wanted

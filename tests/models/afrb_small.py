@@ -74,7 +74,8 @@ def build(mode="adapter with attention", backbone="llama", ctx=None, **changes):
 def hooks(mode="trace", init_from=None, **changes):
     """Hooks of a run of this model."""
     return FAMILY.hooks(RunConfig.model_validate({
-        "model": config(mode, **changes).model_dump(by_alias=True), "train": {"init_from": init_from}, "objective": {"name": "causal_lm"},
+        "model": config(mode, **changes).model_dump(by_alias=True), "train": {"init_from": init_from},
+        "objective": {"name": "causal_lm"},
         "data": {"seq_len": T, "source": {"kind": "synthetic", "vocab_size": V}}}))
 
 
