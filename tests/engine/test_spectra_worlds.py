@@ -40,7 +40,6 @@ def apart(found: dict[str, Any], want: dict[str, Any]) -> float:
     off = {name: float((have[name].double() - grad.double()).norm()) for name, grad in wanted.items()}
     own = {name: float(grad.double().norm()) for name, grad in wanted.items()}
     whole = math.hypot(*own.values())
-    import sys; print("WORST", sorted(((off[n]/max(own[n],1e-12), n, own[n]/whole) for n in off), reverse=True)[:4], file=sys.stderr)
     for name in off:
         assert off[name] <= 1e-3 * max(own[name], 1e-6 * whole), name
     return math.hypot(*off.values()) / whole
