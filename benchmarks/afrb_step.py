@@ -1,8 +1,8 @@
 """A training step of AFRB on needles of 512 tokens: one block with a memory over a model without either.
 
 On the small backbone, frozen and without attention: over the same block without a memory (the null adapter). There a
-model sends only the rows that are asked for through its layers, where nothing looks back at hidden states; the null
-adapter is made to send the whole sequence, as it would on text, so that ratios are over the same work.
+model sends only the rows that are asked for through its layers, where nothing looks back at hidden states. Ratios are
+over a null adapter that is made to send the whole sequence, as it would on text, and over one that sends what is asked.
 
 On a Llama of 8 layers of 512 that is trained as a whole, attention kept: over that Llama alone. Logits are computed at
 the asked rows.
@@ -30,7 +30,6 @@ BARE = {"n_afrb": 0, "enable_pvm": False, "readout_from": "none", "kiss_ridge_ca
 NULL = {"phase_mode": "none", "enable_pvm": False, "readout_from": "none", "kiss_ridge_calib": False}
 VECTOR = {"enable_pvm": True, "readout_from": "pvm"}
 KINDS = {
-    "the null adapter at the asked rows": NULL,
     "phase branch alone": {**NULL, "phase_mode": "rotate"},
     "vector memory, trace readout": VECTOR,
     "vector memory, state readout": {**VECTOR, "readout_mode": "state"},
@@ -70,13 +69,15 @@ class Step:
 def main() -> None:
     """Run it all; a minute or two."""
     torch.set_num_threads(1)
-    null = Step(NULL, whole=True)
-    found: dict[str, Comparison] = {}
+    nulls = {"all rows": Step(NULL, whole=True), "asked rows": Step(NULL)}
+    found: dict[str, dict[str, Comparison]] = {sent: {} for sent in nulls}
     for name, options in KINDS.items():
-        found[name] = compare(functools.partial(Step(options)), null, unit="ms", pairs=PAIRS)
-        verdict = "met" if found[name].ratio.median <= GOAL else "MISSED"
-        print(f"{name}: {found[name].ours} over the null adapter's {found[name].other}: {found[name].ratio}; goal "
-              f"{GOAL:g} or less: {verdict}")
+        own = Step(options)
+        for sent, null in nulls.items():
+            one = found[sent][name] = compare(functools.partial(own), null, unit="ms", pairs=PAIRS)
+            verdict = "met" if one.ratio.median <= GOAL else "MISSED"
+            print(f"{name}: {one.ours} over the null adapter's {one.other}, which sends {sent}: {one.ratio}; goal "
+                  f"{GOAL:g} or less: {verdict}")
     bare = Step(BARE, llama=True)
     larger: dict[str, Comparison] = {}
     for name in ("vector memory, trace readout", "vector memory, state readout", "matrix memory 256 x 128"):
@@ -85,7 +86,7 @@ def main() -> None:
         print(f"{name}, Llama of 8 x 512: {larger[name].ours} over {larger[name].other} without: {larger[name].ratio}; "
               f"goal {LLAMA_GOAL:g} or less: {verdict}")
     write_results("afrb_step", {"rows": ROWS, "tokens": T, "backbone": "afrb-micro-small, attention off, fp32",
-                                "over_null_adapter": found, "goal": GOAL, "over_llama_8x512": larger,
+                                "over_null_adapter_that_sends": found, "goal": GOAL, "over_llama_8x512": larger,
                                 "llama_goal": LLAMA_GOAL})
 
 
