@@ -6,7 +6,7 @@ backward and AdamW, and is counted in CPU time; tokens are real ones, padding is
 - peer: `CachedMultipleNegativesRankingLoss` with the same batch, chunk and texts. Its chunks are cut in the order of
   the batch and padded to the batch's longest text; ours are sorted by length first. Both ways are also measured with
   texts of one length, where that makes no difference. Its loss has one direction, ours both.
-- caching: our step with and without it, all texts of one length (without it, all are padded to the longest).
+- caching: our step with and without it (the chunks then keep their graphs: a forward less), texts of one length.
 - memory: peak RSS above the built model, of one cached step in a process of its own, by batch.
 """
 
