@@ -127,8 +127,8 @@ def test_figures_of_the_machinery_are_those_of_the_benchmarks():
     wanted = [f"{peer[0]:.2f} (texts of many lengths), {peer[1]:.2f} (of one length; {spread['low']:.2f} to "
               f"{spread['high']:.2f})",
               f"{step['cached step over uncached']['ratio']['median']:.2f}",
-              f"{peaks[0]:.0f}, **{peaks[1]:.0f}** (1,024), **{peaks[2]:.0f} MiB** above the built model: activations do not "
-              "grow, vectors and ids of all texts do",
+              f"{peaks[0]:.0f}, **{peaks[1]:.0f}** (1,024), **{peaks[2]:.0f} MiB** above the built model: activations "
+              "do not grow, vectors and ids of all texts do",
               f"{scale['build spectra-m1b']['peak over share']:.2f}",
               f"3 updates, loss {losses}; estimate over peak {scale['train spectra-m456']['ratio']:.2f}"]
     assert [cells[1] for cells in rows("What was measured")][:5] == wanted
