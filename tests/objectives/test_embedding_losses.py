@@ -143,11 +143,11 @@ def test_bridge():
     cosine.backward()
     assert semantic.grad is None and entity.grad.any()
     published = bridge(semantic, entity, metric="mse", stopgrad=False)
-    assert float(published) == pytest.approx(float((short - entity).square().mean()), abs=1e-12)
+    assert published.item() == pytest.approx((short - entity).square().mean().item(), abs=1e-12)
     published.backward()
     assert semantic.grad.any()
     # W12: bounded by 4 / width, so that at weight 0.02 and width 96 it adds at most 0.00083.
-    assert float(bridge(entity, -entity, metric="mse", stopgrad=False)) == pytest.approx(4 / 5)
+    assert bridge(entity, -entity, metric="mse", stopgrad=False).item() == pytest.approx(4 / 5)
 
 
 def test_the_marginal_reward_wants_texts_apart_and_the_published_one_a_constant():
