@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -101,7 +102,7 @@ class Examiner:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             save_file(tensors, path, metadata={"about": json.dumps(about, default=str)})
-        except OSError as error:  # a full disk is no reason to stop for
+        except (OSError, SafetensorError) as error:  # a full disk is no reason to stop for
             _log.warning("%s: could not be written (%s)", path, error)
         else:
             _log.warning("[NaN DEBUG] batch %d of rank %d is in %s", loaded.k, about["rank"], path)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import resource
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from pretrain.engine.capture import _Taker
+from pretrain.engine.nonfinite import Examiner
 from pretrain.engine.writing import PartFile, TensorFile, TextFile, TorchFile, Writing
 from pretrain.errors import UserError
 from pretrain.runfolder.publish import hash_file
@@ -173,3 +176,14 @@ def test_both_ways_of_taking_lead_to_the_same_bytes(folder: Path) -> None:
     hashes = {TorchFile("x", _Taker(to_host)(value), 0).write(folder / str(to_host), lambda: None, 2)
               for to_host in (False, True)}
     assert len(hashes) == 1
+
+
+def test_a_batch_that_cannot_be_kept_ends_no_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Neither where its folder cannot be made nor where the library for tensors fails with an error of its own."""
+    (tmp_path / "file").touch()
+    (tmp_path / "batch-3-rank-0.safetensors").mkdir()
+    loaded: Any = SimpleNamespace(k=3, micro_batches=[])
+    with caplog.at_level(logging.WARNING, "pretrain"):
+        for folder in (tmp_path / "file" / "nonfinite", tmp_path):
+            Examiner(folder)._write(loaded, {"rank": 0}, {"cpu": torch.zeros(1)})
+    assert caplog.text.count("could not be written") == 2
