@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
@@ -25,11 +23,10 @@ def untrained(config: RunConfig, device: torch.device) -> PreTrainedModel:
     family: Family = resolve(FAMILIES, config.model.family, "model.family")
     model = family.build(config.model, BuildContext(seed=config.seed, document_masking=config.data.document_masking))
     model = model.to(device).eval()
-    if config.train.init_from:
-        load_initial_weights(model, Path(config.train.init_from), partitioned=False)
     hooks = family.hooks(config)
+    missing = load_initial_weights(model, config.train.init_from, partitioned=False, supplied=hooks.supplies)
     if type(hooks).before_engine is not Hooks.before_engine:
         alone = World(rank=0, local_rank=0, size=1, device=device, control=None, store=dist.HashStore())
         data = open_training(config, config.batch.resolve(1))
-        hooks.before_engine(FamilyStartContext(model, alone, False, data))
+        hooks.before_engine(FamilyStartContext(model, alone, False, data, missing))
     return model.eval()

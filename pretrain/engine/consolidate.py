@@ -65,26 +65,29 @@ def weights_at(source: Path, key: str) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def load_initial_weights(model: PreTrainedModel, source: Path, *, partitioned: bool,
-                         supplied: Callable[[str], bool] = lambda _name: False) -> frozenset[str]:
+def load_initial_weights(model: PreTrainedModel, init_from: str | None, *, partitioned: bool,
+                         supplied: Callable[[str], bool]) -> frozenset[str]:
     """Copy weights, and nothing else, from an export, a checkpoint or a run into a built model (`train.init_from`).
 
     Every parameter of the model must be there with its shape, but for those that the family's hooks have `supplied`
-    another source for; their names are returned. What the model has no place for is told and left out.
+    another source for; their names are returned. What the model has no place for is told and left out. None: nothing.
 
     Raises UserError naming the first that is not there.
     """
+    if init_from is None:
+        return frozenset()
     from deepspeed.runtime.zero import GatheredParameters
+    source = Path(init_from)
     weights = weights_at(source, "train.init_from")
     tied = {id(p): name for name, p in model.named_parameters(remove_duplicate=False) if name in weights}
     missing = set()
     for name, parameter in model.named_parameters():
         value = weights.get(tied.get(id(parameter), name))
-        if value is None and supplied(name):
+        if value is None:
+            if not supplied(name):
+                raise UserError(f"train.init_from: {source} holds no {name}: it is of another model")
             missing.add(name)
             continue
-        if value is None:
-            raise UserError(f"train.init_from: {source} holds no {name}: it is of another model")
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
         if tuple(value.shape) != shape:
             raise UserError(f"train.init_from: {name} is {tuple(value.shape)} in {source}, the model's is {shape}")

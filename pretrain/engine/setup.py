@@ -113,10 +113,8 @@ def prepare(loaded: LoadedConfig, world: World, claim: Claim, evaluators: Sequen
     hooks = family.hooks(config)
     if claim.resume is None:
         with told("preparing the first weights"):
-            missing: frozenset[str] = frozenset()
-            if config.train.init_from:
-                missing = load_initial_weights(model, Path(config.train.init_from),
-                                               partitioned=keepalive is not None, supplied=hooks.supplies)
+            missing = load_initial_weights(model, config.train.init_from, partitioned=keepalive is not None,
+                                           supplied=hooks.supplies)
             hooks.before_engine(FamilyStartContext(model, world, keepalive is not None, data, missing))
     with told("handing the model to DeepSpeed"):
         engine = build_engine(config, family, batch, precision, world, model, ds_config, keepalive)

@@ -49,7 +49,7 @@ class FamilyStartContext:
     """`EngineStartContext`: before DeepSpeed takes the model."""
 
     def __init__(self, model: PreTrainedModel, world: World, partitioned: bool, data: TrainingData,
-                 missing: frozenset[str] = frozenset()) -> None:
+                 missing: frozenset[str]) -> None:
         self.model = model
         self.missing = missing
         self.rank = world.rank

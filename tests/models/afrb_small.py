@@ -71,12 +71,17 @@ def build(mode="adapter with attention", backbone="llama", ctx=None, **changes):
     return FAMILY.build(config(mode, backbone, **changes), ctx or BuildContext(seed=1)).eval()
 
 
-def hooks(mode="trace", init_from=None, **changes):
-    """Hooks of a run of this model."""
-    return FAMILY.hooks(RunConfig.model_validate({
+def run_config(mode="trace", init_from=None, **changes):
+    """A run of this model."""
+    return RunConfig.model_validate({
         "model": config(mode, **changes).model_dump(by_alias=True), "train": {"init_from": init_from},
         "objective": {"name": "causal_lm"},
-        "data": {"seq_len": T, "source": {"kind": "synthetic", "vocab_size": V}}}))
+        "data": {"seq_len": T, "source": {"kind": "synthetic", "vocab_size": V}}})
+
+
+def hooks(mode="trace", **changes):
+    """Hooks of such a run."""
+    return FAMILY.hooks(run_config(mode, **changes))
 
 
 def open_up(model, seed=0):

@@ -20,6 +20,7 @@ from transformers import (
     MistralForCausalLM,
 )
 
+from evaluation.untrained import untrained
 from pretrain.engine.consolidate import load_initial_weights
 from pretrain.errors import UserError
 from pretrain.models.afrb.inject import get_pvm_readout, inject_afrb_adapters
@@ -27,7 +28,7 @@ from pretrain.models.afrb.weights import load_backbone
 from pretrain.models.base import BuildContext
 from pretrain.models.baseline.family import FAMILY as BASELINE
 from pretrain.models.baseline.schema import BaselineConfig
-from tests.models.afrb_small import BACKBONES, MODES, Alone, V, build, config, hooks, open_up, tokens
+from tests.models.afrb_small import BACKBONES, MODES, Alone, V, build, config, hooks, open_up, run_config, tokens
 
 ROPE = {"rope_type": "default", "rope_theta": 5e5}
 HF = {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
@@ -108,9 +109,9 @@ def test_attention_that_training_went_without_comes_back_with_the_backbone(tmp_p
         around = hooks(section, init_from=str(tmp_path / "first"))
         if weights is None:
             with pytest.raises(UserError, match=r"holds no backbone.native.model.layers.0.self_attn"):
-                load_initial_weights(second, tmp_path / "first", partitioned=False, supplied=around.supplies)
+                load_initial_weights(second, str(tmp_path / "first"), partitioned=False, supplied=around.supplies)
             continue
-        missing = load_initial_weights(second, tmp_path / "first", partitioned=False, supplied=around.supplies)
+        missing = load_initial_weights(second, str(tmp_path / "first"), partitioned=False, supplied=around.supplies)
         assert missing == second.state_dict().keys() - first.state_dict().keys()
         with torch.no_grad():
             second.backbone.native.model.norm.weight.fill_(3.0)  # held by the first: not to be read again
@@ -121,6 +122,10 @@ def test_attention_that_training_went_without_comes_back_with_the_backbone(tmp_p
             elif not name.endswith("model.norm.weight"):
                 assert torch.equal(value, first.state_dict()[name]), name
         assert float(second.backbone.native.model.norm.weight.detach().mean()) == 3.0
+        before_training = untrained(run_config(section, init_from=str(tmp_path / "first")), torch.device("cpu"))
+        for name, value in before_training.state_dict().items():
+            if not name.endswith("model.norm.weight"):
+                assert torch.equal(value, second.state_dict()[name]), "evaluation finds what training begins with"
 
 
 def test_folders_that_do_not_fit_are_named(tmp_path):
