@@ -12,8 +12,9 @@ import torch
 import torch.distributed as dist
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from data_prep.reading import format_of
 from evaluation.embedding_eval import Encoder
-from evaluation.tabular import lists, objects, opened, suffix_of
+from evaluation.tabular import lists, objects, opened
 from evaluation.vectors import Alone, encode, shorten
 from pretrain.config.suggest import nearest
 from pretrain.errors import UserError
@@ -57,10 +58,10 @@ def read_texts(path: Path, column: str) -> list[str]:
     """
     if not path.is_file():
         raise UserError(f"{path}: there is no such file")
-    kind = suffix_of(path)
+    kind = format_of(path)
     if kind == ".txt":
         with opened(path, newline=None) as stream:
-            lines = stream.read().rstrip().split("\n")
+            lines = stream.read().rstrip("\n").split("\n")
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 raise UserError(f"{path}:{number}: is empty; each line is a text")

@@ -66,8 +66,10 @@ class Ranking:
     ranked: list[list[int]]
     relevant: Sequence[Mapping[int, float]]
 
-    def without(self, own: Sequence[int | None]) -> Ranking:
-        """Each query's `own` passage left out, as BEIR has it: where it is judged, it stays."""
+    def without(self, own: Sequence[int | None] | None) -> Ranking:
+        """Each query's `own` passage left out, as BEIR has it: where it is judged, it stays. None: no query has one."""
+        if own is None:
+            return self
         kept = [row if mine in right else [number for number in row if number != mine]
                 for row, mine, right in zip(self.ranked, own, self.relevant, strict=True)]
         return Ranking(kept, self.relevant)
@@ -113,8 +115,7 @@ def retrieval(encode: Encode, queries: Rows, passages: Rows, relevant: Sequence[
     found: dict[str, Metric] = {}
     for name in asked:
         _, numbers = exact_search(asked[name], searched[name], DEEPEST)
-        ranking = Ranking(numbers.tolist(), relevant)
-        found |= (ranking.without(own) if own else ranking).metrics(f"{RETRIEVAL}/{name}", seed)
+        found |= Ranking(numbers.tolist(), relevant).without(own).metrics(f"{RETRIEVAL}/{name}", seed)
     return found | retention(found, "recall@10")
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from data_prep.manifest import Manifest
 from data_prep.pairs import drawn_pairs, stored_pairs
-from evaluation.tabular import json_object, lists, objects, opened, suffix_of
+from data_prep.reading import format_of
+from evaluation.tabular import json_object, lists, objects, opened
 from pretrain.errors import UserError
 
 _SCORE_NAMES = ("score", "label", "similarity_score")
@@ -51,7 +52,7 @@ def read_scored_pairs(path: Path) -> ScoredPairs:
 
 
 def _scored_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    kind = suffix_of(path)
+    kind = format_of(path)
     if path.is_dir() or kind in (".parquet", ".jsonl"):
         yield from ((where, _named(row)) for where, row in objects(path))
     elif kind in (".csv", ".tsv"):
@@ -100,9 +101,10 @@ def read_beir(folder: Path, qrels: str = "test") -> Judgements:
     path = folder / "qrels" / f"{qrels}.tsv"
     for line, content in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         fields = content.split("\t")
-        if not content.strip() or (line == 1 and not (fields[0] in texts and fields[1:2] and fields[1] in numbers)):
+        known = len(fields) == 3 and fields[0] in texts and fields[1] in numbers
+        if not content.strip() or (line == 1 and not known):
             continue  # the first line is a header, as a rule
-        if len(fields) != 3 or fields[0] not in texts or fields[1] not in numbers:
+        if not known:
             raise UserError(f"{path}:{line}: is no query-id, corpus-id, score of known ids: {content[:100]}")
         try:
             relevant.setdefault(fields[0], {})[numbers[fields[1]]] = float(fields[2])

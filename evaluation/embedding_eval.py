@@ -105,7 +105,7 @@ def evaluate_retrieval(target: Target, request: Request, command: list[str]) -> 
     if request.baselines:
         queries, passages = pool.texts
         ranking = Ranking(bm25_search(queries, passages, DEEPEST), pool.relevant)
-        metrics |= (ranking.without(pool.own) if pool.own else ranking).metrics(f"{RETRIEVAL}/BM25", request.seed)
+        metrics |= ranking.without(pool.own).metrics(f"{RETRIEVAL}/BM25", request.seed)
         for name, other in references:
             found = retrieval(other, other.tokens(queries), other.tokens(passages), pool.relevant, [Cut()],
                               own=pool.own, seed=request.seed)

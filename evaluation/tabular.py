@@ -10,16 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from data_prep.reading import READ_ERRORS, open_text
+from data_prep.reading import READ_ERRORS, format_of, open_text
+from data_prep.tables import FIELD_BYTES
 from pretrain.errors import UserError
-
-_LONGEST_FIELD = 1 << 30
-"""Characters; the csv module's own limit, 131,072, is less than some texts have."""
-
-
-def suffix_of(path: Path) -> str:
-    """What the file is, compression aside."""
-    return next((s for s in reversed(path.suffixes) if s not in (".gz", ".zst", ".zstd")), "")
 
 
 @contextmanager
@@ -37,8 +30,8 @@ def lists(path: Path) -> Iterator[tuple[str, list[str]]]:
 
     Raises UserError.
     """
-    tabs = suffix_of(path) == ".tsv"
-    csv.field_size_limit(_LONGEST_FIELD)
+    tabs = format_of(path) == ".tsv"
+    csv.field_size_limit(FIELD_BYTES)
     with opened(path) as lines:
         reader = csv.reader(lines, delimiter="\t" if tabs else ",",
                             quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL, strict=True)
@@ -52,12 +45,13 @@ def lists(path: Path) -> Iterator[tuple[str, list[str]]]:
 
 def objects(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """(where, row) of .jsonl, .parquet and folders. Raises UserError."""
-    if path.is_dir() or suffix_of(path) == ".parquet":
+    if path.is_dir() or format_of(path) == ".parquet":
         from datasets import Dataset, load_from_disk
         try:
             table = load_from_disk(str(path)) if path.is_dir() else Dataset.from_parquet(str(path))
         except Exception as error:  # of pyarrow or of `datasets`, of many kinds
-            raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0][:200]})") from None
+            told = " ".join(str(error).split())
+            raise UserError(f"{path}: cannot be read ({told:.200})") from None
         for number, row in enumerate(table):
             yield f"{path}, row {number}", row
         return

@@ -55,7 +55,7 @@ class Rate:
         clusters, more of them than trials by themselves would give count only with an interval wholly above.
         """
         each = 1 - (1 - probability) ** (self.n / self.examples)
-        more_hits = self.hits >= hits_needed(self.n, probability) and self.ci[0] > probability
+        more_hits = not self.at_uniform_chance(probability) and self.ci[0] > probability
         return self.examples_hit < hits_needed(self.examples, each) and not more_hits
 
 
